@@ -1,0 +1,1 @@
+"""Robust aggregation rules as pure functions of a Gram matrix."""

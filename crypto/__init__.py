@@ -1,0 +1,1 @@
+"""Sealing, measuring, combining and opening updates: numbers and bytes in, numbers and bytes out."""

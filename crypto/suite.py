@@ -1,0 +1,186 @@
+"""What every cipher suite can do, seen from its two ends.
+
+A suite hides updates from the coordinator and lets it do two things with what is hidden:
+
+* **measure**: the Gram matrix ``G[i, j] = <x_i, x_j>`` of the updates, from which robust rules work;
+* **combine**: one weighted sum of the updates.
+
+Both may need answers from the sites. A suite knows nothing about transport, so it writes such a
+conversation as a *dialogue*: a generator that yields an :class:`Ask` (one question per site), receives
+the answers that came back, and finally returns its result. ``plain`` asks nothing, ``ckks`` asks once
+per verb, a suite with more phases asks more often; the round in ``server`` is the same code for all.
+
+Nothing here opens a socket or a file, reads a clock, or makes its own randomness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quorsum.errors import SiteFault
+
+Site: TypeAlias = str
+"""Identifier of a site, unique in its federation."""
+
+Blocks: TypeAlias = tuple[bytes, ...]
+"""What travels: raw byte blocks, in order."""
+
+Vector: TypeAlias = NDArray[np.floating]
+
+RandomBytes: TypeAlias = Callable[[int], bytes]
+"""``random_bytes(n)`` gives n fresh bytes; in production this is ``os.urandom``."""
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """Everything public that one round is about. Its digest binds every byte of the round.
+
+    Attributes:
+        run: random identifier of the run.
+        round: number of the round, from 1.
+        attempt: number of the attempt at this round, from 1.
+        sites: the invited sites, sorted, without repetition.
+        dimension: d, number of parameters in an update.
+        tolerate: f, how many of the invited sites may be malicious.
+        unit: C > 0, the public reference norm. Suites scale updates by it; when ``clip`` is true,
+            honest sites also clip their update to this norm.
+        clip: whether updates longer than ``unit`` are clipped to it.
+        sketches: r, number of random sketches from which the Gram matrix is measured.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    sites: tuple[Site, ...]
+    dimension: int
+    tolerate: int
+    unit: float
+    clip: bool = False
+    sketches: int = 4
+
+    def digest(self) -> bytes:
+        """SHA-256 over a canonical encoding (JSON with sorted keys, shortest float form)."""
+        encoded = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(b"quorsum/round-context/v1\x00" + encoded.encode()).digest()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One exchange: a question for each of some sites.
+
+    Attributes:
+        phase: name of the phase, a Python identifier, the same at both ends.
+        questions: the blocks for each site asked.
+    """
+
+    phase: str
+    questions: Mapping[Site, Blocks]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The opened geometry of a round.
+
+    Attributes:
+        sites: which sites the rows belong to, in order.
+        gram: float64, shape (m, m), symmetric, in the squared units of the updates.
+        faults: sites that misbehaved while it was opened, with what they did.
+    """
+
+    sites: tuple[Site, ...]
+    gram: NDArray[np.float64]
+    faults: Mapping[Site, SiteFault] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The opened weighted sum of a round.
+
+    Attributes:
+        total: float64, shape (d,), ``sum_i w_i x_i`` in the units of the updates.
+        faults: sites that misbehaved while it was opened, with what they did.
+    """
+
+    total: NDArray[np.float64]
+    faults: Mapping[Site, SiteFault] = field(default_factory=dict)
+
+
+T = TypeVar("T")
+Dialogue: TypeAlias = Generator[Ask, Mapping[Site, Blocks], T]
+Upload_co = TypeVar("Upload_co", covariant=True)
+Upload = TypeVar("Upload")
+
+
+class SiteSuite(Protocol):
+    """The end of a suite that lives at a site and may hold secrets."""
+
+    @property
+    def name(self) -> str:
+        """Name of the suite and its parameters, equal at both ends."""
+
+    @property
+    def key_id(self) -> str:
+        """Public fingerprint of the key in use, empty for suites without a shared key."""
+
+    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+        """Seal one update, shape (d,), float32 or float64, finite.
+
+        Returns:
+            the private state that later answers need, and the blocks to send.
+
+        Raises:
+            UsageError: the update has the wrong shape or is not finite.
+        """
+
+    def answer(
+        self, context: RoundContext, state: bytes, phase: str, question: Blocks, random_bytes: RandomBytes
+    ) -> tuple[bytes, Blocks]:
+        """Answer one question of the coordinator about the round the state belongs to.
+
+        Raises:
+            CoordinatorFault: the question is malformed or must not be answered.
+        """
+
+
+class CoordinatorSuite(Protocol, Generic[Upload]):
+    """The end of a suite that lives at the coordinator and holds no secret."""
+
+    @property
+    def name(self) -> str:
+        """Name of the suite and its parameters, equal at both ends."""
+
+    def accept(self, context: RoundContext, site: Site, blocks: Blocks) -> Upload:
+        """Check and decode one sealed update.
+
+        Raises:
+            SiteFault: the blocks are not a sealed update of this round's shape.
+        """
+
+    def measure(
+        self, context: RoundContext, uploads: Mapping[Site, Upload], random_bytes: RandomBytes
+    ) -> Dialogue[Measured]:
+        """Open the Gram matrix of all uploads.
+
+        Raises:
+            RoundFailed: too few consistent answers came back.
+        """
+
+    def combine(
+        self,
+        context: RoundContext,
+        uploads: Mapping[Site, Upload],
+        weights: Mapping[Site, float],
+        random_bytes: RandomBytes,
+    ) -> Dialogue[Opened]:
+        """Open one weighted sum of uploads; sites that are not in ``weights`` are left out.
+
+        Raises:
+            RoundFailed: too few consistent answers came back.
+        """

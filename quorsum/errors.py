@@ -1,0 +1,94 @@
+"""Every error that quorsum raises on purpose.
+
+Two roots, because two different people must act:
+
+* ``UsageError``: the calling program passed something that can never work. Fix the call.
+* ``Refusal``: something that came from outside (a site, the coordinator, a file) is not acceptable.
+  A refusal says who is to blame, and how strongly that is known.
+
+This module is a leaf: it imports only the standard library, and every room may import it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BoundError",
+    "CoordinatorFault",
+    "DataError",
+    "KeyMaterialError",
+    "QuorsumError",
+    "Refusal",
+    "RoundFailed",
+    "SiteFault",
+    "UsageError",
+]
+
+
+class QuorsumError(Exception):
+    """Root of every error quorsum raises on purpose."""
+
+
+class UsageError(QuorsumError, ValueError):
+    """The caller passed an argument that can never work."""
+
+
+class BoundError(UsageError):
+    """Too few sites for the number of malicious ones that must be tolerated."""
+
+
+class Refusal(QuorsumError):
+    """Something that came from outside was refused.
+
+    Attributes:
+        code: a short, stable, machine-readable reason such as ``"wrong-shape"``.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), (self.code, self.message)
+
+
+class SiteFault(Refusal):
+    """One site is to blame, provably from what it sent (or did not send).
+
+    Attributes:
+        site: the identifier of the site that sent it.
+    """
+
+    def __init__(self, site: str, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.site = site
+
+    def __str__(self) -> str:
+        return f"site {self.site}: {self.message}"
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), (self.site, self.code, self.message)
+
+
+class CoordinatorFault(Refusal):
+    """The coordinator is to blame: it asked for something that a site must not answer."""
+
+
+class DataError(Refusal):
+    """A data file cannot be used; the message names the file and what to change."""
+
+
+class KeyMaterialError(Refusal):
+    """A key or a context is missing, unreadable, or holds a secret that it must not hold."""
+
+
+class RoundFailed(QuorsumError):
+    """A round could not be finished and nobody is provably to blame.
+
+    Attributes:
+        faults: what each site did in this round, where something is known.
+    """
+
+    def __init__(self, message: str, faults: dict[str, Refusal] | None = None) -> None:
+        super().__init__(message)
+        self.faults = dict(faults or {})

@@ -1,0 +1,1 @@
+"""Attackers, data partitions and local runs of a whole federation."""
