@@ -48,26 +48,29 @@ class Refusal(QuorsumError):
         self.code = code
         self.message = message
 
-    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+    def __reduce__(self) -> tuple[type, tuple[str | bool, ...]]:
         return type(self), (self.code, self.message)
 
 
 class SiteFault(Refusal):
-    """One site is to blame, provably from what it sent (or did not send).
+    """One site did not do its part.
 
     Attributes:
-        site: the identifier of the site that sent it.
+        site: the identifier of the site.
+        proven: true when what the site sent shows that it left the protocol; false when nothing shows more than
+            bad luck (silence, a crash, an error it reported itself).
     """
 
-    def __init__(self, site: str, code: str, message: str) -> None:
+    def __init__(self, site: str, code: str, message: str, proven: bool = True) -> None:
         super().__init__(code, message)
         self.site = site
+        self.proven = proven
 
     def __str__(self) -> str:
         return f"site {self.site}: {self.message}"
 
-    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
-        return type(self), (self.site, self.code, self.message)
+    def __reduce__(self) -> tuple[type, tuple[str | bool, ...]]:
+        return type(self), (self.site, self.code, self.message, self.proven)
 
 
 class CoordinatorFault(Refusal):

@@ -1,0 +1,236 @@
+"""The sealing mod: the site's end of a round, wrapped around any existing ClientApp.
+
+Rules it keeps, whatever the coordinator asks:
+
+1. An update leaves the site only sealed. An instruction to train that does not speak quorsum is refused, and of
+   the app's reply nothing else goes out than the sealed difference and the metrics named in ``share_metrics``.
+2. A site seals at most one update per round of a run, and rounds only go up.
+3. A question is answered only about the round sealed last, and only as the suite allows (see its ``answer``).
+4. A refusal carries a fixed sentence: no text from the site's data, code or files reaches the coordinator.
+
+Adopting it is two lines in a Flower app::
+
+    from quorsum.client import seal
+    app = ClientApp(mods=[seal(suite)])
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp.typing import ClientAppCallable, Mod
+from numpy.typing import NDArray
+
+from quorsum import arrays, messages
+from quorsum.client import ledger
+from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite
+from quorsum.errors import CoordinatorFault, Refusal, UsageError
+
+__all__ = ["SealingMod", "seal"]
+
+log = logging.getLogger("quorsum.client")
+
+EXAMPLES = "num-examples"
+
+
+def seal(
+    suite: SiteSuite | Callable[[], SiteSuite],
+    *,
+    site: str | None = None,
+    share_metrics: Sequence[str] = (),
+    minimum_sites: int = 3,
+    random_bytes: RandomBytes = os.urandom,
+) -> Mod:
+    """A Flower mod that seals what a ClientApp trained.
+
+    Args:
+        suite: the site's end of a cipher suite, or a function that makes it (called once, when first needed).
+        site: name of this site; without it ``site-name`` of the node's config, else a name from its partition or node.
+        share_metrics: names of the app's training metrics that may travel in the clear. The number of examples
+            always does.
+        minimum_sites: the smallest round this site takes part in; a mean over fewer sites would show too much.
+        random_bytes: source of randomness; leave the operating system's in production.
+    """
+    return SealingMod(suite, site, tuple(share_metrics), minimum_sites, random_bytes)
+
+
+@dataclass(frozen=True)
+class SealingMod:
+    """See :func:`seal`. Callable as a Flower mod."""
+
+    make_suite: SiteSuite | Callable[[], SiteSuite]
+    site: str | None = None
+    share_metrics: tuple[str, ...] = ()
+    minimum_sites: int = 3
+    random_bytes: RandomBytes = field(default=os.urandom, repr=False)
+
+    @cached_property
+    def suite(self) -> SiteSuite:
+        """The suite, made when first needed so that the mod itself can be sent to another process."""
+        return self.make_suite() if callable(self.make_suite) else self.make_suite
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Handle one message of the coordinator."""
+        try:
+            if messages.has_header(message.content):
+                content = self._dispatch(message, context, call_next)
+            else:
+                content = self._plain(message, context, call_next)
+        except Refusal as refusal:
+            log.warning("refused %s: %s", message.metadata.message_type, refusal)
+            content = messages.pack(messages.Fault(code=refusal.code, message=refusal.message))
+        return Message(content, reply_to=message)
+
+    def _dispatch(self, message: Message, context: Context, call_next: ClientAppCallable) -> RecordDict:
+        request, blocks = messages.unpack(message.content)
+        match request:
+            case messages.Hello():
+                return self._introduce(request, context)
+            case messages.Train():
+                return self._train(request, message, context, call_next)
+            case messages.Question():
+                return self._answer(request, blocks, context)
+        raise CoordinatorFault("unexpected", f"a site does not answer a message of kind {request.kind!r}")
+
+    def _plain(self, message: Message, context: Context, call_next: ClientAppCallable) -> RecordDict:
+        """An evaluation goes through and returns numbers only; anything else would leave the site unsealed (rule 1)."""
+        if message.metadata.message_type.split(".")[0] != "evaluate":
+            raise CoordinatorFault(
+                "not-sealed",
+                f"this site only trains in sealed rounds, and got a plain {message.metadata.message_type!r} message; "
+                "the coordinator must use QuorumStrategy",
+            )
+        reply = _run_app(call_next, message, context, "evaluation-failed")
+        return RecordDict(
+            {
+                name: MetricRecord({k: v for k, v in record.items() if isinstance(v, int | float)})
+                for name, record in reply.metric_records.items()
+            }
+        )
+
+    def _introduce(self, request: messages.Hello, context: Context) -> RecordDict:
+        self._same_suite(request.suite)
+        return messages.pack(
+            messages.Introduction(site=self._name(context), suite=self.suite.name, key_id=self.suite.key_id)
+        )
+
+    def _train(
+        self, request: messages.Train, message: Message, context: Context, call_next: ClientAppCallable
+    ) -> RecordDict:
+        round_context = request.context.round_context()
+        self._same_suite(request.suite)
+        model = _only_arrays(message.content)
+        self._acceptable(round_context, request.site, arrays.dimension(model))
+        ledger.take_round(context.state, round_context)
+
+        started = time.perf_counter()
+        reply = _run_app(call_next, _without_header(message), context, "training-failed")
+        trained = time.perf_counter()
+        update = clipped(arrays.difference(_only_arrays(reply), model), round_context)
+        try:
+            state, blocks = self.suite.seal(round_context, update, self.random_bytes)
+        except UsageError as error:
+            # The suite's words name norms and positions of this site's data; they stay in its own log.
+            log.warning("round %d: cannot seal: %s", round_context.round, error)
+            raise Refusal(
+                "not-sealable", "the site's update cannot be sealed (not finite or out of range)"
+            ) from error
+        ledger.remember(context.state, round_context, state)
+        sealed = time.perf_counter()
+
+        metrics = {k: v for record in reply.metric_records.values() for k, v in record.items()}
+        submission = messages.Submission(
+            context=round_context.digest().hex(),
+            key_id=self.suite.key_id,
+            examples=_count(metrics.get(EXAMPLES)),
+            metrics={name: float(value) for name in self.share_metrics if _is_number(value := metrics.get(name))},
+            train_seconds=trained - started,
+            seal_seconds=sealed - trained,
+        )
+        return messages.pack(submission, blocks)
+
+    def _answer(self, request: messages.Question, blocks: Blocks, context: Context) -> RecordDict:
+        round_context, state = ledger.recall(context.state, request.context)
+        state, answer = self.suite.answer(round_context, state, request.phase, blocks, self.random_bytes)
+        # Saved before the answer leaves: what was answered must not be forgotten.
+        ledger.remember(context.state, round_context, state)
+        return messages.pack(messages.Answer(context=request.context, phase=request.phase), answer)
+
+    def _same_suite(self, suite: str) -> None:
+        if suite != self.suite.name:
+            raise CoordinatorFault(
+                "wrong-suite", f"the coordinator uses suite {suite!r}, this site {self.suite.name!r}; configure the same"
+            )
+
+    def _acceptable(self, round_context: RoundContext, site: str, dimension: int) -> None:
+        sites = round_context.sites
+        if site not in sites or list(sites) != sorted(set(sites)):
+            raise CoordinatorFault("wrong-roster", "the roster is not sorted and unique, or does not hold this site")
+        if len(sites) < self.minimum_sites:
+            raise CoordinatorFault(
+                "too-few-sites", f"a round over {len(sites)} sites, this site's policy asks for {self.minimum_sites}"
+            )
+        if not 0 <= 2 * round_context.tolerate < len(sites):
+            raise CoordinatorFault(
+                "wrong-bound", f"{len(sites)} sites cannot tolerate {round_context.tolerate} malicious ones"
+            )
+        if round_context.dimension != dimension:
+            raise CoordinatorFault(
+                "wrong-shape", f"the model has {dimension} parameters, the round says {round_context.dimension}"
+            )
+
+    def _name(self, context: Context) -> str:
+        config = context.node_config
+        if self.site is not None:
+            return self.site
+        if "site-name" in config:
+            return str(config["site-name"])
+        if "partition-id" in config:
+            return f"site-{int(config['partition-id']) + 1:02d}"
+        return f"node-{context.node_id}"
+
+
+def clipped(update: NDArray[np.float32], context: RoundContext) -> NDArray[np.float32]:
+    """``min(1, C / ||x||) x`` where the round clips, else ``x``; not finite stays as it is, for the suite to refuse."""
+    if not context.clip:
+        return update
+    norm = math.sqrt(float(np.dot(update, update)))
+    return update if not norm > context.unit else update * np.float32(context.unit / norm)
+
+
+def _run_app(call_next: ClientAppCallable, message: Message, context: Context, code: str) -> RecordDict:
+    try:
+        reply = call_next(message, context)
+    except Exception as error:
+        log.exception("the app raised")
+        raise Refusal(code, "the site's app raised an error; its own log says which") from error
+    if not reply.has_content():
+        raise Refusal(code, "the site's app replied with an error; its own log says which")
+    return reply.content
+
+
+def _only_arrays(content: RecordDict) -> ArrayRecord:
+    records = [record for name, record in content.array_records.items() if name != messages.BLOCKS]
+    if len(records) != 1:
+        raise Refusal("wrong-shape", f"expected one ArrayRecord with the model, got {len(records)}")
+    return records[0]
+
+
+def _without_header(message: Message) -> Message:
+    return Message(metadata=message.metadata, content=messages.strip(message.content))  # type: ignore[call-overload]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _count(value: object) -> int:
+    return int(value) if isinstance(value, int | float) and _is_number(value) and value >= 0 else 0

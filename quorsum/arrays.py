@@ -1,0 +1,82 @@
+"""Between a model as Flower carries it (named arrays) and an update as quorsum seals it (one flat vector).
+
+A model is flattened in the order of its array names as they arrive: first array, C order, then the next.
+Integer arrays (batch counters of normalisation layers, for instance) take part as numbers and are rounded
+when the mean is applied.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+from quorsum.errors import Refusal
+
+__all__ = ["apply_update", "difference", "dimension", "flatten"]
+
+
+def _numeric(name: str, array: Array) -> NDArray[np.generic]:
+    try:
+        values = array.numpy()
+    except (TypeError, ValueError, EOFError, OSError) as error:
+        raise Refusal("undecodable", f"array {name!r} cannot be decoded as a NumPy array ({error})") from None
+    if values.dtype.kind not in "fiub":
+        raise Refusal("wrong-type", f"array {name!r} has type {values.dtype}, which has no mean")
+    return values
+
+
+def dimension(arrays: ArrayRecord) -> int:
+    """Number of parameters d of a model, from the shapes alone."""
+    return sum(int(np.prod(array.shape, dtype=np.int64)) for array in arrays.values())
+
+
+def flatten(arrays: ArrayRecord) -> NDArray[np.float32]:
+    """The model as one float32 vector, shape (d,).
+
+    Raises:
+        Refusal: an array is not numeric or cannot be decoded.
+    """
+    flat = np.empty(dimension(arrays), dtype=np.float32)
+    start = 0
+    for name, array in arrays.items():
+        values = _numeric(name, array)
+        flat[start : start + values.size] = values.reshape(-1)
+        start += values.size
+    return flat
+
+
+def difference(new: ArrayRecord, old: ArrayRecord) -> NDArray[np.float32]:
+    """``new - old`` as one float32 vector, shape (d,), in the order of ``old``.
+
+    Raises:
+        Refusal: the two models do not have the same names, shapes and numeric arrays.
+    """
+    if list(new.keys()) != list(old.keys()):
+        raise Refusal("wrong-shape", f"the model has arrays {list(new.keys())}, expected {list(old.keys())}")
+    flat = np.empty(dimension(old), dtype=np.float32)
+    start = 0
+    for name, array in old.items():
+        before, after = _numeric(name, array), _numeric(name, new[name])
+        if before.shape != after.shape:
+            raise Refusal("wrong-shape", f"array {name!r} has shape {after.shape}, expected {before.shape}")
+        # Subtract in float64: late in training the two are nearly equal.
+        gap = np.subtract(after, before, dtype=np.float64)
+        flat[start : start + before.size] = gap.reshape(-1)
+        start += before.size
+    return flat
+
+
+def apply_update(arrays: ArrayRecord, update: NDArray[np.floating]) -> ArrayRecord:
+    """The model moved by ``update``, shape (d,); every array keeps its name, shape and type."""
+    moved: dict[str, Array] = {}
+    start = 0
+    for name, array in arrays.items():
+        before = _numeric(name, array)
+        step = update[start : start + before.size].reshape(before.shape)
+        after = before.astype(np.float64) + step
+        if before.dtype.kind in "iu":
+            after = np.rint(after)
+        moved[name] = Array(after.astype(before.dtype))
+        start += before.size
+    return ArrayRecord(moved)

@@ -1,0 +1,263 @@
+"""The command line.
+
+stdout carries the result only (a table, or one JSON object with ``--json``); everything else goes to stderr as
+``quorsum: ...``. Exit status: 0 done, 1 checked and found bad, 2 could not tell, 64 wrong usage.
+
+Heavy modules are imported inside the commands, so that ``quorsum --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from quorsum import __version__
+from quorsum.errors import DataError, QuorsumError, UsageError
+
+if TYPE_CHECKING:
+    from quorsum.server.records import RoundRecord
+    from quorsum.simulation.run import Result, Simulation
+
+__all__ = ["main"]
+
+EXIT_OK, EXIT_BAD, EXIT_UNKNOWN, EXIT_USAGE = 0, 1, 2, 64
+
+app = typer.Typer(
+    name="quorsum",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Federated learning that is sealed and honest at the same time.",
+)
+say = Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """Entry point of the ``quorsum`` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit status."""
+    # Flower reports usage and looks for updates unless told not to; a security tool does neither by default.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    try:
+        status = app(args=arguments, prog_name="quorsum", standalone_mode=False)
+        return int(status or EXIT_OK)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return EXIT_USAGE
+    except click.ClickException as error:
+        _complain(f"{_lower(error.format_message())} (try: quorsum {' '.join(arguments[:1])} --help)")
+        return EXIT_USAGE
+    except (UsageError, DataError) as error:
+        _complain(str(error))
+        return EXIT_USAGE
+    except QuorsumError as error:
+        _complain(str(error))
+        return EXIT_UNKNOWN
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _complain("interrupted")
+        return EXIT_UNKNOWN
+
+
+def _complain(text: str) -> None:
+    say.print(f"quorsum: {text}", markup=False, soft_wrap=True)
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:].rstrip(".")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"quorsum {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def simulate(
+    data: Annotated[str, typer.Option(help="digits, breast-cancer, or the path of a MedMNIST .npz or a CSV file")] = "digits",
+    label: Annotated[str | None, typer.Option(help="label column of a CSV file")] = None,
+    sites: Annotated[int, typer.Option(help="number of sites")] = 10,
+    poisoned: Annotated[int, typer.Option(help="how many of them are malicious")] = 2,
+    attack: Annotated[
+        str,
+        typer.Option(help="none, sign-flip, scaling, gaussian, label-flip, alie, ipm or nan; parameters as in sign-flip:strength=8"),
+    ] = "sign-flip",
+    rule: Annotated[str, typer.Option(help="robust rule, pre-aggregators first")] = "nnm+multi-krum",
+    tolerate: Annotated[int | None, typer.Option(help="f, malicious sites to tolerate (default: as many as are poisoned)")] = None,
+    suite: Annotated[str, typer.Option(help="cipher suite: ckks or plain")] = "ckks",
+    rounds: Annotated[int, typer.Option(help="rounds of training")] = 15,
+    alpha: Annotated[str, typer.Option(help="Dirichlet concentration of the partition, or iid")] = "iid",
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="clip updates to the median norm of the round before")] = False,
+    epochs: Annotated[int, typer.Option(help="local epochs per round")] = 2,
+    batch_size: Annotated[int, typer.Option(help="rows per local step")] = 32,
+    lr: Annotated[float, typer.Option(help="local learning rate")] = 0.05,
+    momentum: Annotated[float, typer.Option(help="local momentum")] = 0.9,
+    seed: Annotated[int, typer.Option(help="decides data split, partition, who is poisoned, training")] = 1,
+    runtime: Annotated[str, typer.Option(help="local (this process) or ray (Flower's simulation runtime)")] = "local",
+    out: Annotated[Path | None, typer.Option(help="folder for result.json and rounds.png")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as one JSON object")] = False,
+) -> None:
+    """Run a whole federation on this machine: train, poison, find, leave out."""
+    from quorsum.simulation.run import Simulation
+
+    settings = Simulation(
+        data=data, label=label, sites=sites, poisoned=poisoned, attack=attack, rule=rule, tolerate=tolerate,
+        suite=suite, rounds=rounds, alpha=_alpha(alpha), clip=clip, epochs=epochs, batch_size=batch_size, lr=lr,
+        momentum=momentum, seed=seed, runtime=runtime,
+    )  # fmt: skip
+    _writable(out)
+    result = _simulate_with_progress(settings)
+    if out is not None:
+        from quorsum.simulation.report import draw_rounds
+
+        _write_json(out / "result.json", result)
+        draw_rounds(result, out / "rounds.png")
+        say.print(f"quorsum: wrote {out / 'result.json'} and {out / 'rounds.png'}", markup=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        from quorsum.simulation.report import summary_table
+
+        Console().print(summary_table(result))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the results and the picture")] = Path("demo-out"),
+    rounds: Annotated[int, typer.Option(help="rounds of each run")] = 15,
+    seed: Annotated[int, typer.Option(help="seed of all runs")] = 1,
+) -> None:
+    """Ten sites, two of them poisoned: a plain mean without attack, under attack, and quorsum under the same attack."""
+    from quorsum.simulation.demo import demo_runs
+    from quorsum.simulation.report import comparison_table, draw_comparison
+
+    _writable(out)
+    started = time.perf_counter()
+    results = []
+    for name, settings in demo_runs(rounds=rounds, seed=seed):
+        say.rule(f"[bold]{name}", align="left")
+        result = _simulate_with_progress(settings)
+        _write_json(out / f"{name.replace(' ', '-').replace(',', '')}.json", result)
+        results.append((name, result))
+    draw_comparison(results, out / "demo.png")
+    Console().print(comparison_table(results))
+    say.print(
+        f"quorsum: wrote {out / 'demo.png'} after {time.perf_counter() - started:.0f} s; "
+        "try it yourself: quorsum simulate --help",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@app.command()
+def keygen(
+    out: Annotated[Path, typer.Option(help="file to write the shared site key to; must not exist")],
+) -> None:
+    """Make the secret key that all sites of a ckks federation share. Run it at one site; never at the coordinator."""
+    from quorsum.crypto import generate_site_key
+
+    key = generate_site_key(os.urandom)
+    try:
+        descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise UsageError(f"{out} exists and is not overwritten; choose another name") from None
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}; choose a folder that exists and is yours") from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(key.to_bytes())
+    typer.echo(key.key_id)
+    say.print(f"quorsum: wrote {out}; carry it to every other site by a way the coordinator cannot read", markup=False, soft_wrap=True)
+
+
+def _alpha(text: str) -> float | None:
+    if text == "iid":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"--alpha must be a number above 0 or iid, got {text!r}") from None
+    return value
+
+
+def _writable(out: Path | None) -> None:
+    """Find out before the work, not after it, that the results cannot be written."""
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from None
+    if not os.access(out, os.W_OK):
+        raise UsageError(f"cannot write to {out}: permission denied; choose another --out")
+
+
+def _write_json(path: Path, result: Result) -> None:
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _simulate_with_progress(settings: Simulation) -> Result:
+    """Simulate, with a bar on stderr and one line per finished round."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from quorsum.simulation.federation import World, site_name
+    from quorsum.simulation.run import simulate as run_simulation
+
+    poisoned: set[str] = set()
+    progress = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+        TimeElapsedColumn(), console=say, transient=True,
+    )  # fmt: skip
+
+    def on_start(world: World) -> None:
+        poisoned.update(site_name(p) for p in world.poisoned)
+        for note in world.data.notes:
+            progress.console.print(f"quorsum: {note}", markup=False)
+        names = ", ".join(sorted(poisoned)) or "nobody"
+        progress.console.print(
+            f"{settings.sites} sites train on {world.data.name}; poisoned: {names} ({settings.attack}); "
+            f"rule {settings.rule}, suite {settings.suite}",
+            markup=False,
+        )
+
+    with progress:
+        task = progress.add_task("starting", total=settings.rounds)
+
+        def on_phase(number: int, phase: str) -> None:
+            progress.update(task, description=f"round {number}: {phase}")
+
+        def on_round(record: RoundRecord) -> None:
+            progress.console.print(_round_line(record, poisoned))
+            progress.advance(task)
+
+        return run_simulation(settings, on_start=on_start, on_phase=on_phase, on_round=on_round)
+
+
+def _round_line(record: RoundRecord, poisoned: set[str]) -> Any:
+    from rich.text import Text
+
+    line = Text(f"round {record.round:3d}  accuracy {100 * record.metrics['accuracy']:5.1f} %  left out: ")
+    if record.failed:
+        return line.append(record.failed, style="bold red")
+    parts = [
+        Text(f"{site} ({record.codes[site]})", style="red" if site in poisoned else "yellow")
+        for site in record.rejected
+    ]
+    missed = [Text(f"{site} (poisoned, kept)", style="bold red") for site in record.accepted if site in poisoned]
+    return line.append_text(Text(", ").join(parts) if parts else Text("nobody")).append_text(
+        Text("  but ") + Text(", ").join(missed) if missed else Text("")
+    )

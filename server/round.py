@@ -1,0 +1,348 @@
+"""One round, as phases. The same code for every cipher suite and every rule.
+
+1. **train**: every invited site gets the model and the round's context, trains, seals its difference, sends it.
+   Each submission is checked when it arrives. One that fails a check costs its sender this round and nothing else.
+2. **geometry**: the suite *measures* the Gram matrix of what was accepted (it may ask the sites); rows that cannot
+   belong to an honest update are taken out; the rule turns the rest into weights.
+3. **open**: the suite *combines* the updates with those weights (it may ask the sites) and the opened sum is compared
+   with what the Gram matrix predicts. Then, and only then, the model moves.
+4. **evaluate**: outside this module, on the new model.
+
+Of the f sites that may be malicious, those whose own messages prove in this round that they left the protocol are
+counted off before the rule sees the rest: at most f in all, so at most f - k among the others. Silence and errors
+prove nothing and are not counted off.
+
+A round that cannot be finished leaves the model as it was and says why; the run goes on.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from quorsum import arrays, messages
+from quorsum.aggregation import Rule, check_gram
+from quorsum.crypto import check_opened, run_dialogue
+from quorsum.crypto.suite import Ask, Blocks, CoordinatorSuite, RandomBytes, RoundContext, Site
+from quorsum.errors import Refusal, RoundFailed, SiteFault
+from quorsum.server.exchange import Network, Traffic
+from quorsum.server.records import RoundRecord
+
+__all__ = ["Plan", "RoundOutcome", "expect", "play_round"]
+
+# Without clipping there is no norm an honest update must keep; beyond this many reference norms it is no update.
+UNCLIPPED_GATE = 1000.0
+# Sites clip in float32 and suites round: the norm gate leaves that much room.
+CLIP_SLACK = 1.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same over a run.
+
+    Attributes:
+        run: random identifier of the run.
+        suite: the coordinator's end of the cipher suite.
+        key_id: fingerprint of the sites' key, empty for suites without one.
+        rule: the robust rule.
+        tolerate: f, number of malicious sites to tolerate.
+        clip: whether sites clip to the reference norm.
+        sketches: r, random sketches per round.
+        reference: the site whose row serves rules that need a trusted reference.
+        random_bytes: source of the coordinator's randomness.
+        on_phase: told the number of the round and the name of the phase that begins.
+    """
+
+    run: str
+    suite: CoordinatorSuite[Any]
+    key_id: str
+    rule: Rule
+    tolerate: int
+    clip: bool
+    sketches: int
+    reference: Site | None
+    random_bytes: RandomBytes = field(repr=False)
+    on_phase: Callable[[int, str], None] = lambda number, phase: None
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """The model after a round, the reference norm of the next one, and the record."""
+
+    model: ArrayRecord
+    unit: float
+    record: RoundRecord
+
+
+@dataclass
+class _Ledger:
+    """What is known of the sites while a round runs."""
+
+    faults: dict[Site, SiteFault] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    train_seconds: dict[Site, float] = field(default_factory=dict)
+    seal_seconds: dict[Site, float] = field(default_factory=dict)
+
+    def blame(self, fault: SiteFault) -> None:
+        """The first fault of a site is its reason for this round."""
+        self.faults.setdefault(fault.site, fault)
+
+
+def play_round(
+    plan: Plan, network: Network, number: int, model: ArrayRecord, unit: float, config: ConfigRecord
+) -> RoundOutcome:
+    """Play one round and return what came out; never raises for what sites or bad luck did."""
+    started = time.perf_counter()
+    context = RoundContext(
+        run=plan.run,
+        round=number,
+        attempt=1,
+        sites=tuple(sorted(network.nodes)),
+        dimension=arrays.dimension(model),
+        tolerate=plan.tolerate,
+        unit=unit,
+        clip=plan.clip,
+        sketches=plan.sketches,
+    )
+    ledger, traffic, seconds = _Ledger(), Traffic(), {"geometry": 0.0, "open": 0.0}
+    weights: dict[Site, float] = {}
+    failed: str | None = None
+    next_unit = unit
+    try:
+        plan.on_phase(number, "train")
+        uploads = _collect(plan, network, context, model, config, ledger, traffic)
+
+        plan.on_phase(number, "geometry")
+        clock = time.perf_counter()
+        weights, gram, kept = _select(plan, network, context, uploads, ledger, traffic)
+        seconds["geometry"] = time.perf_counter() - clock
+
+        plan.on_phase(number, "open")
+        clock = time.perf_counter()
+        total = _open(plan, network, context, uploads, weights, gram, kept, ledger, traffic)
+        model = arrays.apply_update(model, total)
+        seconds["open"] = time.perf_counter() - clock
+        next_unit = _next_unit(unit, weights, gram, kept)
+    except RoundFailed as error:
+        failed = str(error)
+        weights = {}
+    seconds |= {
+        "train": statistics.median(ledger.train_seconds.values()) if ledger.train_seconds else 0.0,
+        "seal": statistics.median(ledger.seal_seconds.values()) if ledger.seal_seconds else 0.0,
+        "total": time.perf_counter() - started,
+    }
+    return RoundOutcome(model, next_unit, _record(context, weights, failed, ledger, traffic, seconds))
+
+
+def _collect(
+    plan: Plan,
+    network: Network,
+    context: RoundContext,
+    model: ArrayRecord,
+    config: ConfigRecord,
+    ledger: _Ledger,
+    traffic: Traffic,
+) -> dict[Site, Any]:
+    """Phase 1: the accepted uploads, by site in roster order."""
+    users = RecordDict({"arrays": model, "config": config})
+    wire = messages.Context.of(context)
+    instructions = {
+        site: messages.pack(messages.Train(site=site, suite=plan.suite.name, context=wire), beside=users)
+        for site in context.sites
+    }
+    uploads: dict[Site, Any] = {}
+    for site, reply in network.exchange(instructions, f"{context.round}", traffic):
+        try:
+            if site in uploads or isinstance(reply, SiteFault):
+                _second_or_missing(site, reply, uploads, ledger)
+                continue
+            submission, blocks = expect(messages.Submission, site, reply)
+            if submission.context != context.digest().hex():
+                raise SiteFault(site, "wrong-round", "sealed for another round than the one it was asked for")
+            if submission.key_id != plan.key_id:
+                raise SiteFault(site, "wrong-key", "sealed with another key than the federation's")
+            uploads[site] = plan.suite.accept(context, site, blocks)
+            ledger.train_seconds[site] = submission.train_seconds
+            ledger.seal_seconds[site] = submission.seal_seconds
+        except SiteFault as fault:
+            ledger.blame(fault)
+    return {site: uploads[site] for site in context.sites if site in uploads}
+
+
+def _second_or_missing(site: Site, reply: object, uploads: Mapping[Site, Any], ledger: _Ledger) -> None:
+    if site in uploads or site in ledger.faults:
+        ledger.notes.append(str(reply) if isinstance(reply, SiteFault) else f"site {site}: answered twice")
+    elif isinstance(reply, SiteFault):
+        ledger.blame(reply)
+
+
+def expect(kind: type[Any], site: Site, content: RecordDict) -> tuple[Any, Blocks]:
+    """The reply as the message that is due.
+
+    Raises:
+        SiteFault: it is another message, none at all, or the site's own refusal (which proves nothing).
+    """
+    try:
+        message, blocks = messages.unpack(content)
+    except Refusal as refusal:
+        raise SiteFault(site, refusal.code, refusal.message) from None
+    if isinstance(message, messages.Fault):
+        raise SiteFault(site, message.code, f"says: {message.message}", proven=False)
+    if not isinstance(message, kind):
+        raise SiteFault(site, "unexpected", f"sent a message of kind {message.kind!r} where another was due")
+    return message, blocks
+
+
+def _asker(
+    plan: Plan, network: Network, context: RoundContext, ledger: _Ledger, traffic: Traffic
+) -> Callable[[Ask], Mapping[Site, Blocks]]:
+    """How a suite's dialogue reaches the sites: one exchange per Ask, faults noted, answers returned."""
+
+    def ask(question: Ask) -> Mapping[Site, Blocks]:
+        header = messages.Question(context=context.digest().hex(), phase=question.phase)
+        contents = {site: messages.pack(header, blocks) for site, blocks in question.questions.items()}
+        answers: dict[Site, Blocks] = {}
+        for site, reply in network.exchange(contents, f"{context.round}", traffic):
+            if site in answers or isinstance(reply, SiteFault):
+                if isinstance(reply, SiteFault):
+                    ledger.notes.append(str(reply))
+                continue
+            try:
+                answer, blocks = expect(messages.Answer, site, reply)
+                if (answer.context, answer.phase) != (header.context, header.phase):
+                    raise SiteFault(site, "wrong-round", f"answered another question than {question.phase!r}")
+                answers[site] = blocks
+            except SiteFault as fault:
+                ledger.notes.append(str(fault))
+        return answers
+
+    return ask
+
+
+def _select(
+    plan: Plan,
+    network: Network,
+    context: RoundContext,
+    uploads: Mapping[Site, Any],
+    ledger: _Ledger,
+    traffic: Traffic,
+) -> tuple[dict[Site, float], NDArray[np.float64], tuple[Site, ...]]:
+    """Phase 2: weights of the accepted sites, the Gram matrix of the rows the rule saw, and whose rows they are."""
+    _enough(plan, context, len(uploads), ledger)
+    ask = _asker(plan, network, context, ledger, traffic)
+    measured = run_dialogue(plan.suite.measure(context, uploads, plan.random_bytes), ask)
+    for fault in measured.faults.values():
+        ledger.blame(fault)
+
+    gate = context.unit * (CLIP_SLACK if context.clip else UNCLIPPED_GATE)
+    for row, finding in check_gram(measured.gram, f=context.tolerate, norm_bound=gate).items():
+        ledger.blame(SiteFault(measured.sites[row], finding.code, finding.reason))
+    rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]
+    kept = tuple(measured.sites[row] for row in rows)
+    gram = measured.gram[np.ix_(rows, rows)]
+
+    left = _enough(plan, context, len(kept), ledger)
+    if plan.reference is not None and plan.reference not in kept:
+        raise RoundFailed(f"the reference site {plan.reference} has no usable update in this round", _faults(ledger))
+    reference = None if plan.reference is None else kept.index(plan.reference)
+    generator = np.random.default_rng(int.from_bytes(plan.random_bytes(16), "little"))
+    outcome = plan.rule.apply(gram, left, rng=generator, reference=reference)
+    weights = {site: float(w) for site, w in zip(kept, outcome.weights, strict=True) if w != 0.0}
+    for site, score in zip(kept, outcome.scores, strict=True):
+        if site not in weights:
+            sentence = f"left out by {plan.rule.name} (score {score:.3g}, worse than those kept)"
+            ledger.blame(SiteFault(site, "rule", sentence, proven=False))
+    return weights, gram, kept
+
+
+def _enough(plan: Plan, context: RoundContext, usable: int, ledger: _Ledger) -> int:
+    """f less the sites proven malicious in this round.
+
+    Raises:
+        RoundFailed: with so few usable updates the rule cannot tolerate that many.
+    """
+    proven = sum(fault.proven for fault in ledger.faults.values())
+    left = max(0, plan.tolerate - proven)
+    need = plan.rule.minimum_sites(left)
+    if usable < need:
+        raise RoundFailed(
+            f"only {usable} of {len(context.sites)} sites sent a usable update; {plan.rule.name} needs {need} to "
+            f"tolerate {left} malicious ones; the model stays as it was",
+            _faults(ledger),
+        )
+    return left
+
+
+def _open(
+    plan: Plan,
+    network: Network,
+    context: RoundContext,
+    uploads: Mapping[Site, Any],
+    weights: Mapping[Site, float],
+    gram: NDArray[np.float64],
+    kept: tuple[Site, ...],
+    ledger: _Ledger,
+    traffic: Traffic,
+) -> NDArray[np.float64]:
+    """Phase 3: the opened weighted sum, checked against the Gram matrix."""
+    if not weights:
+        raise RoundFailed(f"{plan.rule.name} kept no site; the model stays as it was", _faults(ledger))
+    ask = _asker(plan, network, context, ledger, traffic)
+    chosen = {site: uploads[site] for site in kept}
+    opened = run_dialogue(plan.suite.combine(context, chosen, weights, plan.random_bytes), ask)
+    # A site that lies while the sum is opened is outvoted; its own update was measured and selected before.
+    ledger.notes.extend(str(fault) for fault in opened.faults.values())
+    vector = np.array([weights.get(site, 0.0) for site in kept])
+    check_opened(opened.total, vector, gram, context)
+    return opened.total
+
+
+def _next_unit(
+    unit: float, weights: Mapping[Site, float], gram: NDArray[np.float64], kept: tuple[Site, ...]
+) -> float:
+    """C of the next round: the median norm of the accepted updates, moved by at most a factor of two."""
+    norms = [float(np.sqrt(max(gram[row, row], 0.0))) for row, site in enumerate(kept) if site in weights]
+    median = statistics.median(norms)
+    return min(max(median, unit / 2), unit * 2) if median > 0 else unit
+
+
+def _faults(ledger: _Ledger) -> dict[str, Refusal]:
+    return dict(ledger.faults)
+
+
+def _record(
+    context: RoundContext,
+    weights: dict[Site, float],
+    failed: str | None,
+    ledger: _Ledger,
+    traffic: Traffic,
+    seconds: dict[str, float],
+) -> RoundRecord:
+    rejected = tuple(site for site in context.sites if site not in weights)
+    unsaid = SiteFault("", "round-failed", failed or "not used", proven=False)
+    faults = {site: ledger.faults.get(site, unsaid) for site in rejected}
+    invited = len(context.sites)
+    return RoundRecord(
+        round=context.round,
+        invited=context.sites,
+        accepted=tuple(site for site in context.sites if site in weights),
+        rejected=rejected,
+        reasons={site: fault.message for site, fault in faults.items()},
+        codes={site: fault.code for site, fault in faults.items()},
+        weights=weights,
+        notes=tuple(ledger.notes),
+        failed=failed,
+        unit=context.unit,
+        seconds=seconds,
+        bytes={
+            "up_per_site": sum(traffic.up.values()) / invited,
+            "down_per_site": sum(traffic.down.values()) / invited,
+        },
+    )

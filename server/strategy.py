@@ -1,0 +1,262 @@
+"""``QuorumStrategy``: what a Flower user puts where ``FedAvg(...)`` stood.
+
+It looks like a Flower strategy from outside (``start(grid, initial_arrays, num_rounds=...)`` returning a ``Result``)
+and works on the ``Grid`` inside, because a sealed round has more phases than Flower's train and evaluate.
+
+What it does in ``start``:
+
+1. **roster**: ask every connected node which suite and key it has. Nodes with another suite, or with another key
+   than most, are left out and named.
+2. play the rounds (``round.py``), evaluating after each.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from quorsum import arrays, messages
+from quorsum.aggregation import parse_rule
+from quorsum.crypto.suite import CoordinatorSuite, RandomBytes, Site
+from quorsum.errors import BoundError, RoundFailed, SiteFault, UsageError
+from quorsum.server.exchange import Network, Traffic
+from quorsum.server.records import QuorumResult, RoundRecord
+from quorsum.server.round import Plan, expect, play_round
+
+__all__ = ["QuorumStrategy"]
+
+log = logging.getLogger("quorsum.server")
+
+# Nodes connect one after the other; the roster is taken when enough are there.
+NODE_PAUSE = 0.2
+
+
+class QuorumStrategy:
+    """Sealed, robust federated averaging.
+
+    Args:
+        suite: the coordinator's end of a cipher suite. It must match the sites'.
+        rule: name of the robust rule, pre-aggregators first: ``"nnm+multi-krum"``, ``"mean"``, ...
+        tolerate: f, how many sites may be malicious. None takes as many as the rule can tolerate with the sites present.
+        min_available_nodes: how many nodes to wait for before the roster is taken.
+        clip: whether sites clip their update to the reference norm C, which follows the median norm of accepted
+            updates (at most a factor of two per round).
+        sketches: r, random sketches from which the Gram matrix is measured.
+        reference: name of a trusted site, for rules that need a reference row.
+        fraction_evaluate: share of sites that evaluate the new model after each round; 0 for none.
+        random_bytes: source of randomness; leave the operating system's in production.
+        on_round: told the record of every finished round.
+        on_phase: told round number and phase as they begin.
+
+    Raises:
+        UsageError: unknown rule, or a rule that the suite cannot serve.
+    """
+
+    def __init__(
+        self,
+        suite: CoordinatorSuite[Any],
+        *,
+        rule: str = "nnm+multi-krum",
+        tolerate: int | None = None,
+        min_available_nodes: int = 3,
+        clip: bool = False,
+        sketches: int = 4,
+        reference: Site | None = None,
+        fraction_evaluate: float = 1.0,
+        random_bytes: RandomBytes = os.urandom,
+        on_round: Callable[[RoundRecord], None] | None = None,
+        on_phase: Callable[[int, str], None] | None = None,
+    ) -> None:
+        if not 0.0 <= fraction_evaluate <= 1.0:
+            raise UsageError(f"fraction_evaluate must lie between 0 and 1, got {fraction_evaluate}")
+        if tolerate is not None and tolerate < 0:
+            raise UsageError(f"tolerate must be 0 or more, got {tolerate}")
+        self.suite = suite
+        self.rule = parse_rule(rule, suite=suite.name)
+        if self.rule.needs_reference and reference is None:
+            raise UsageError(f"rule {rule!r} needs a reference: name a trusted site with reference=...")
+        self.tolerate = tolerate
+        self.min_available_nodes = min_available_nodes
+        self.clip = clip
+        self.sketches = sketches
+        self.reference = reference if self.rule.needs_reference else None
+        self.fraction_evaluate = fraction_evaluate
+        self.random_bytes = random_bytes
+        self.on_round = on_round or _log_round
+        self.on_phase = on_phase or (lambda number, phase: None)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> QuorumResult:
+        """Train; same arguments and meaning as ``flwr.serverapp.strategy.Strategy.start``.
+
+        Raises:
+            BoundError: too few sites for the rule and the number of malicious ones to tolerate.
+            RoundFailed: no usable site answered the roster call.
+        """
+        run = self.random_bytes(16).hex()
+        network, key_id, left_out = self._roster(grid, run, timeout)
+        for fault in left_out:
+            log.warning("left out: %s", fault)
+        plan = Plan(
+            run=run,
+            suite=self.suite,
+            key_id=key_id,
+            rule=self.rule,
+            tolerate=self._tolerance(len(network.nodes)),
+            clip=self.clip,
+            sketches=self.sketches,
+            reference=self.reference,
+            random_bytes=self.random_bytes,
+            on_phase=self.on_phase,
+        )
+        model, unit = initial_arrays, first_unit(initial_arrays)
+        result = QuorumResult(arrays=model)
+        _evaluate_centrally(evaluate_fn, 0, model, result)
+        for number in range(1, num_rounds + 1):
+            config = ConfigRecord({**(train_config or {}), "server-round": number})
+            outcome = play_round(plan, network, number, model, unit, config)
+            model, unit = outcome.model, outcome.unit
+            self.on_phase(number, "evaluate")
+            metrics = _evaluate_centrally(evaluate_fn, number, model, result)
+            if self.fraction_evaluate > 0:
+                asked = ConfigRecord({**(evaluate_config or {}), "server-round": number})
+                at_sites = self._evaluate_at_sites(network, number, model, asked)
+                result.evaluate_metrics_clientapp[number] = MetricRecord(dict(at_sites))
+                metrics = {**at_sites, **metrics}
+            record = replace(outcome.record, metrics=metrics)
+            result.arrays = model
+            result.rounds.append(record)
+            self.on_round(record)
+        return result
+
+    def _roster(self, grid: Grid, run: str, timeout: float) -> tuple[Network, str, list[SiteFault]]:
+        """Who takes part: names, nodes, the common key, and who was left out and why."""
+        nodes = _wait_for_nodes(grid, self.min_available_nodes, timeout)
+        labels = {f"node-{node}": node for node in nodes}
+        hello = messages.pack(messages.Hello(run=run, suite=self.suite.name))
+        introductions: dict[Site, messages.Introduction] = {}
+        left_out: list[SiteFault] = []
+        for label, reply in Network(grid, labels, timeout).exchange(dict.fromkeys(labels, hello), "roster", Traffic()):
+            try:
+                if isinstance(reply, SiteFault):
+                    raise reply
+                introduction, _ = expect(messages.Introduction, label, reply)
+                if introduction.suite != self.suite.name:
+                    raise SiteFault(label, "wrong-suite", f"uses suite {introduction.suite!r}, not {self.suite.name!r}")
+                introductions.setdefault(label, introduction)
+            except SiteFault as fault:
+                left_out.append(fault)
+        if not introductions:
+            raise RoundFailed(
+                "no site answered the roster call in a usable way: " + "; ".join(str(fault) for fault in left_out),
+                {fault.site: fault for fault in left_out},
+            )
+        # Ties go to the smaller fingerprint, so that the choice does not depend on who answered first.
+        counts = Counter(introduction.key_id for introduction in introductions.values())
+        key_id = min(counts, key=lambda key: (-counts[key], key))
+        members: dict[Site, int] = {}
+        for label in sorted(introductions, key=labels.__getitem__):
+            introduction = introductions[label]
+            # A name is a courtesy, not an identity: a second site with the same name is told apart by its node.
+            name = introduction.site if introduction.site not in members else f"{introduction.site}#{labels[label]}"
+            if introduction.key_id != key_id:
+                left_out.append(SiteFault(name, "wrong-key", "holds another key than most sites"))
+                continue
+            members[name] = labels[label]
+        if self.reference is not None and self.reference not in members:
+            raise UsageError(f"the reference site {self.reference!r} is not among {sorted(members)}")
+        return Network(grid, members, timeout), key_id, left_out
+
+    def _tolerance(self, sites: int) -> int:
+        """f of this run.
+
+        Raises:
+            BoundError: the rule cannot tolerate that many with the sites present.
+        """
+        if self.tolerate is None:
+            able = [f for f in range(sites) if 2 * f < sites and self.rule.minimum_sites(f) <= sites]
+            if not able:
+                raise BoundError(
+                    f"{self.rule.name} needs at least {self.rule.minimum_sites(0)} sites, {sites} are there; "
+                    "connect more or choose another rule"
+                )
+            return max(able)
+        need = max(self.rule.minimum_sites(self.tolerate), 2 * self.tolerate + 1)
+        if sites < need:
+            raise BoundError(
+                f"{self.rule.name} needs at least {need} sites to tolerate {self.tolerate} malicious ones, "
+                f"{sites} are there; connect more, tolerate fewer, or choose another rule"
+            )
+        return self.tolerate
+
+    def _evaluate_at_sites(
+        self, network: Network, number: int, model: ArrayRecord, config: ConfigRecord
+    ) -> dict[str, float]:
+        """Median over the sites of every metric they report: a site that lies moves it little, a weighted mean much."""
+        names = sorted(network.nodes)
+        chosen = names[: max(1, math.ceil(self.fraction_evaluate * len(names)))]
+        content = RecordDict({"arrays": model, "config": config})
+        values: dict[str, list[float]] = {}
+        for _, reply in network.exchange(dict.fromkeys(chosen, content), f"{number}", Traffic(), "evaluate"):
+            if isinstance(reply, RecordDict):
+                for record in reply.metric_records.values():
+                    for name, value in record.items():
+                        if isinstance(value, int | float) and math.isfinite(value):
+                            values.setdefault(name, []).append(float(value))
+        return {name: statistics.median(seen) for name, seen in values.items()}
+
+
+def first_unit(model: ArrayRecord) -> float:
+    """C of the first round, when no past update is known: the norm of the initial model, at least 1."""
+    return max(1.0, float(np.linalg.norm(arrays.flatten(model).astype(np.float64))))
+
+
+def _wait_for_nodes(grid: Grid, enough: int, timeout: float) -> list[int]:
+    deadline = time.monotonic() + timeout
+    while len(nodes := sorted(grid.get_node_ids())) < enough:
+        if time.monotonic() > deadline:
+            raise RoundFailed(f"{len(nodes)} sites connected within {timeout:g} s, waiting for {enough}")
+        time.sleep(NODE_PAUSE)
+    return nodes
+
+
+def _evaluate_centrally(
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    number: int,
+    model: ArrayRecord,
+    result: QuorumResult,
+) -> dict[str, float]:
+    metrics = evaluate_fn(number, model) if evaluate_fn is not None else None
+    if metrics is None:
+        return {}
+    result.evaluate_metrics_serverapp[number] = metrics
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def _log_round(record: RoundRecord) -> None:
+    log.info("round %d: %d accepted, left out: %s", record.round, len(record.accepted), _reasons(record.reasons))
+    if record.failed:
+        log.warning("round %d failed: %s", record.round, record.failed)
+
+
+def _reasons(reasons: Mapping[Site, str]) -> str:
+    return "; ".join(f"{site} ({reason})" for site, reason in reasons.items()) or "nobody"
