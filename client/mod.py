@@ -28,10 +28,10 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
-
-from quorsum import arrays, messages
 from quorsum.client import ledger
 from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite
+
+from quorsum import arrays, messages
 from quorsum.errors import CoordinatorFault, Refusal, UsageError
 
 __all__ = ["SealingMod", "seal"]
@@ -140,9 +140,7 @@ class SealingMod:
         except UsageError as error:
             # The suite's words name norms and positions of this site's data; they stay in its own log.
             log.warning("round %d: cannot seal: %s", round_context.round, error)
-            raise Refusal(
-                "not-sealable", "the site's update cannot be sealed (not finite or out of range)"
-            ) from error
+            raise Refusal("not-sealable", "the site's update cannot be sealed (not finite or out of range)") from error
         ledger.remember(context.state, round_context, state)
         sealed = time.perf_counter()
 
@@ -167,7 +165,8 @@ class SealingMod:
     def _same_suite(self, suite: str) -> None:
         if suite != self.suite.name:
             raise CoordinatorFault(
-                "wrong-suite", f"the coordinator uses suite {suite!r}, this site {self.suite.name!r}; configure the same"
+                "wrong-suite",
+                f"the coordinator uses suite {suite!r}, this site {self.suite.name!r}; configure the same",
             )
 
     def _acceptable(self, round_context: RoundContext, site: str, dimension: int) -> None:

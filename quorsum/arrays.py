@@ -77,6 +77,7 @@ def apply_update(arrays: ArrayRecord, update: NDArray[np.floating]) -> ArrayReco
         after = before.astype(np.float64) + step
         if before.dtype.kind in "iu":
             after = np.rint(after)
-        moved[name] = Array(after.astype(before.dtype))
+        # asarray, because NumPy turns the sum of arrays without axes into a scalar.
+        moved[name] = Array(np.asarray(after, dtype=before.dtype))
         start += before.size
     return ArrayRecord(moved)

@@ -90,20 +90,28 @@ def _root(
 
 @app.command()
 def simulate(
-    data: Annotated[str, typer.Option(help="digits, breast-cancer, or the path of a MedMNIST .npz or a CSV file")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="digits, breast-cancer, or the path of a MedMNIST .npz or a CSV file")
+    ] = "digits",
     label: Annotated[str | None, typer.Option(help="label column of a CSV file")] = None,
     sites: Annotated[int, typer.Option(help="number of sites")] = 10,
     poisoned: Annotated[int, typer.Option(help="how many of them are malicious")] = 2,
     attack: Annotated[
         str,
-        typer.Option(help="none, sign-flip, scaling, gaussian, label-flip, alie, ipm or nan; parameters as in sign-flip:strength=8"),
+        typer.Option(
+            help="none, sign-flip, scaling, gaussian, label-flip, alie, ipm, nan; parameters: sign-flip:strength=8"
+        ),
     ] = "sign-flip",
     rule: Annotated[str, typer.Option(help="robust rule, pre-aggregators first")] = "nnm+multi-krum",
-    tolerate: Annotated[int | None, typer.Option(help="f, malicious sites to tolerate (default: as many as are poisoned)")] = None,
+    tolerate: Annotated[
+        int | None, typer.Option(help="f, malicious sites to tolerate (default: as many as are poisoned)")
+    ] = None,
     suite: Annotated[str, typer.Option(help="cipher suite: ckks or plain")] = "ckks",
     rounds: Annotated[int, typer.Option(help="rounds of training")] = 15,
     alpha: Annotated[str, typer.Option(help="Dirichlet concentration of the partition, or iid")] = "iid",
-    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="clip updates to the median norm of the round before")] = False,
+    clip: Annotated[
+        bool, typer.Option("--clip/--no-clip", help="clip updates to the median norm of the round before")
+    ] = False,
     epochs: Annotated[int, typer.Option(help="local epochs per round")] = 2,
     batch_size: Annotated[int, typer.Option(help="rows per local step")] = 32,
     lr: Annotated[float, typer.Option(help="local learning rate")] = 0.05,
@@ -181,7 +189,11 @@ def keygen(
     with os.fdopen(descriptor, "wb") as file:
         file.write(key.to_bytes())
     typer.echo(key.key_id)
-    say.print(f"quorsum: wrote {out}; carry it to every other site by a way the coordinator cannot read", markup=False, soft_wrap=True)
+    say.print(
+        f"quorsum: wrote {out}; carry it to every other site by a way the coordinator cannot read",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _alpha(text: str) -> float | None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-
 from quorsum.crypto.suite import Site
+
 from quorsum.errors import SiteFault
 from quorsum.messages import MESSAGE_TYPE
 
@@ -77,17 +77,17 @@ class Network:
                 yield site, SiteFault(site, "unreachable", "Flower knows no such node any more", proven=False)
         yield from self._replies(pending, traffic)
 
-    def _replies(
-        self, pending: dict[str, Site], traffic: Traffic
-    ) -> Iterator[tuple[Site, RecordDict | SiteFault]]:
+    def _replies(self, pending: dict[str, Site], traffic: Traffic) -> Iterator[tuple[Site, RecordDict | SiteFault]]:
         deadline = time.monotonic() + self.timeout
         pause = FIRST_PAUSE
         while pending and time.monotonic() < deadline:
             before = len(pending)
             for message_id in list(pending):
-                for nth, reply in enumerate(self.grid.pull_messages([message_id])):
-                    site = pending.pop(message_id) if nth == 0 else site
-                    yield site, _content(site, reply, nth, traffic)
+                replies = list(self.grid.pull_messages([message_id]))
+                if replies:
+                    site = pending.pop(message_id)
+                    for nth, reply in enumerate(replies):
+                        yield site, _content(site, reply, nth, traffic)
             if len(pending) == before:
                 time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
                 pause = min(2 * pause, LONGEST_PAUSE)

@@ -17,6 +17,7 @@ A round that cannot be finished leaves the model as it was and says why; the run
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,14 +27,14 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
-
-from quorsum import arrays, messages
 from quorsum.aggregation import Rule, check_gram
 from quorsum.crypto import check_opened, run_dialogue
 from quorsum.crypto.suite import Ask, Blocks, CoordinatorSuite, RandomBytes, RoundContext, Site
-from quorsum.errors import Refusal, RoundFailed, SiteFault
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import RoundRecord
+
+from quorsum import arrays, messages
+from quorsum.errors import Refusal, RoundFailed, SiteFault
 
 __all__ = ["Plan", "RoundOutcome", "expect", "play_round"]
 
@@ -95,6 +96,23 @@ class _Ledger:
         self.faults.setdefault(fault.site, fault)
 
 
+@dataclass(frozen=True)
+class _Selection:
+    """What phase 2 decided.
+
+    Attributes:
+        kept: the sites whose rows the rule saw, in the order of ``gram``.
+        gram: float64, shape (m, m).
+        weights: the sites with a weight other than zero.
+        tolerate: f less the sites proven malicious in this round.
+    """
+
+    kept: tuple[Site, ...]
+    gram: NDArray[np.float64]
+    weights: dict[Site, float]
+    tolerate: int
+
+
 def play_round(
     plan: Plan, network: Network, number: int, model: ArrayRecord, unit: float, config: ConfigRecord
 ) -> RoundOutcome:
@@ -121,18 +139,17 @@ def play_round(
 
         plan.on_phase(number, "geometry")
         clock = time.perf_counter()
-        weights, gram, kept = _select(plan, network, context, uploads, ledger, traffic)
+        selection = _select(plan, network, context, uploads, ledger, traffic)
         seconds["geometry"] = time.perf_counter() - clock
 
         plan.on_phase(number, "open")
         clock = time.perf_counter()
-        total = _open(plan, network, context, uploads, weights, gram, kept, ledger, traffic)
+        total = _open(plan, network, context, uploads, selection, ledger, traffic)
         model = arrays.apply_update(model, total)
         seconds["open"] = time.perf_counter() - clock
-        next_unit = _next_unit(unit, weights, gram, kept)
+        weights, next_unit = selection.weights, _next_unit(unit, selection)
     except RoundFailed as error:
         failed = str(error)
-        weights = {}
     seconds |= {
         "train": statistics.median(ledger.train_seconds.values()) if ledger.train_seconds else 0.0,
         "seal": statistics.median(ledger.seal_seconds.values()) if ledger.seal_seconds else 0.0,
@@ -233,8 +250,8 @@ def _select(
     uploads: Mapping[Site, Any],
     ledger: _Ledger,
     traffic: Traffic,
-) -> tuple[dict[Site, float], NDArray[np.float64], tuple[Site, ...]]:
-    """Phase 2: weights of the accepted sites, the Gram matrix of the rows the rule saw, and whose rows they are."""
+) -> _Selection:
+    """Phase 2: measure, take out rows that no honest update can have, and let the rule decide on the rest."""
     _enough(plan, context, len(uploads), ledger)
     ask = _asker(plan, network, context, ledger, traffic)
     measured = run_dialogue(plan.suite.measure(context, uploads, plan.random_bytes), ask)
@@ -247,8 +264,17 @@ def _select(
     rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]
     kept = tuple(measured.sites[row] for row in rows)
     gram = measured.gram[np.ix_(rows, rows)]
-
     left = _enough(plan, context, len(kept), ledger)
+    return _Selection(kept, gram, _weights(plan, kept, gram, left, ledger), left)
+
+
+def _weights(
+    plan: Plan, kept: tuple[Site, ...], gram: NDArray[np.float64], left: int, ledger: _Ledger
+) -> dict[Site, float]:
+    """What the rule says of the rows it is shown; sites of weight zero are left out."""
+    if plan.rule.needs == "updates":
+        # A rule on single coordinates has no weight per site; see _open.
+        return dict.fromkeys(kept, 1 / len(kept))
     if plan.reference is not None and plan.reference not in kept:
         raise RoundFailed(f"the reference site {plan.reference} has no usable update in this round", _faults(ledger))
     reference = None if plan.reference is None else kept.index(plan.reference)
@@ -256,14 +282,20 @@ def _select(
     outcome = plan.rule.apply(gram, left, rng=generator, reference=reference)
     weights = {site: float(w) for site, w in zip(kept, outcome.weights, strict=True) if w != 0.0}
     for site, score in zip(kept, outcome.scores, strict=True):
-        if site not in weights:
-            sentence = f"left out by {plan.rule.name} (score {score:.3g}, worse than those kept)"
+        if site in weights:
+            continue
+        if site == plan.reference:
+            ledger.blame(SiteFault(site, "reference", "served as the reference, not as a voice", proven=False))
+        else:
+            sentence = f"left out by {plan.rule.name} with score {score:.3g}"
             ledger.blame(SiteFault(site, "rule", sentence, proven=False))
-    return weights, gram, kept
+    if not weights:
+        raise RoundFailed(f"{plan.rule.name} kept no site; the model stays as it was", _faults(ledger))
+    return weights
 
 
 def _enough(plan: Plan, context: RoundContext, usable: int, ledger: _Ledger) -> int:
-    """f less the sites proven malicious in this round.
+    """F less the sites proven malicious in this round.
 
     Raises:
         RoundFailed: with so few usable updates the rule cannot tolerate that many.
@@ -285,30 +317,30 @@ def _open(
     network: Network,
     context: RoundContext,
     uploads: Mapping[Site, Any],
-    weights: Mapping[Site, float],
-    gram: NDArray[np.float64],
-    kept: tuple[Site, ...],
+    selection: _Selection,
     ledger: _Ledger,
     traffic: Traffic,
 ) -> NDArray[np.float64]:
-    """Phase 3: the opened weighted sum, checked against the Gram matrix."""
-    if not weights:
-        raise RoundFailed(f"{plan.rule.name} kept no site; the model stays as it was", _faults(ledger))
+    """Phase 3: the opened weighted sum, checked against what the Gram matrix predicts."""
+    if plan.rule.needs == "updates":
+        # Only the clear suite gets here (parse_rule refuses the others), where an upload is its blocks.
+        matrix = np.stack([np.concatenate(uploads[site].blocks) for site in selection.kept])
+        return plan.rule.aggregate(matrix, selection.tolerate)
     ask = _asker(plan, network, context, ledger, traffic)
-    chosen = {site: uploads[site] for site in kept}
-    opened = run_dialogue(plan.suite.combine(context, chosen, weights, plan.random_bytes), ask)
+    opened = run_dialogue(plan.suite.combine(context, uploads, selection.weights, plan.random_bytes), ask)
     # A site that lies while the sum is opened is outvoted; its own update was measured and selected before.
     ledger.notes.extend(str(fault) for fault in opened.faults.values())
-    vector = np.array([weights.get(site, 0.0) for site in kept])
-    check_opened(opened.total, vector, gram, context)
+    vector = np.array([selection.weights.get(site, 0.0) for site in selection.kept])
+    check_opened(opened.total, vector, selection.gram, floor=plan.suite.noise_floor(context, selection.weights))
     return opened.total
 
 
-def _next_unit(
-    unit: float, weights: Mapping[Site, float], gram: NDArray[np.float64], kept: tuple[Site, ...]
-) -> float:
+def _next_unit(unit: float, selection: _Selection) -> float:
     """C of the next round: the median norm of the accepted updates, moved by at most a factor of two."""
-    norms = [float(np.sqrt(max(gram[row, row], 0.0))) for row, site in enumerate(kept) if site in weights]
+    squares = np.diagonal(selection.gram)
+    norms = [
+        math.sqrt(max(g, 0.0)) for g, site in zip(squares, selection.kept, strict=True) if site in selection.weights
+    ]
     median = statistics.median(norms)
     return min(max(median, unit / 2), unit * 2) if median > 0 else unit
 

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-
-from quorsum import arrays, messages
 from quorsum.aggregation import parse_rule
 from quorsum.crypto.suite import CoordinatorSuite, RandomBytes, Site
-from quorsum.errors import BoundError, RoundFailed, SiteFault, UsageError
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import QuorumResult, RoundRecord
 from quorsum.server.round import Plan, expect, play_round
+
+from quorsum import arrays, messages
+from quorsum.errors import BoundError, RoundFailed, SiteFault, UsageError
 
 __all__ = ["QuorumStrategy"]
 
@@ -48,7 +48,7 @@ class QuorumStrategy:
     Args:
         suite: the coordinator's end of a cipher suite. It must match the sites'.
         rule: name of the robust rule, pre-aggregators first: ``"nnm+multi-krum"``, ``"mean"``, ...
-        tolerate: f, how many sites may be malicious. None takes as many as the rule can tolerate with the sites present.
+        tolerate: f, how many sites may be malicious. None takes as many as the rule can with the sites present.
         min_available_nodes: how many nodes to wait for before the roster is taken.
         clip: whether sites clip their update to the reference norm C, which follows the median norm of accepted
             updates (at most a factor of two per round).
@@ -187,7 +187,7 @@ class QuorumStrategy:
         return Network(grid, members, timeout), key_id, left_out
 
     def _tolerance(self, sites: int) -> int:
-        """f of this run.
+        """F of this run.
 
         Raises:
             BoundError: the rule cannot tolerate that many with the sites present.
