@@ -28,7 +28,8 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from quorsum.aggregation import Rule, check_gram
-from quorsum.crypto import check_opened, run_dialogue
+from quorsum.crypto.checks import check_opened
+from quorsum.crypto.dialogue import run_dialogue
 from quorsum.crypto.suite import Ask, Blocks, CoordinatorSuite, RandomBytes, RoundContext, Site
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import RoundRecord
@@ -259,7 +260,7 @@ def _select(
         ledger.blame(fault)
 
     gate = context.unit * (CLIP_SLACK if context.clip else UNCLIPPED_GATE)
-    for row, finding in check_gram(measured.gram, f=context.tolerate, norm_bound=gate).items():
+    for row, finding in check_gram(measured.gram, context.tolerate, norm_bound=gate).items():
         ledger.blame(SiteFault(measured.sites[row], finding.code, finding.reason))
     rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]
     kept = tuple(measured.sites[row] for row in rows)
