@@ -11,7 +11,7 @@ Rules it keeps, whatever the coordinator asks:
 Adopting it is two lines in a Flower app::
 
     from quorsum.client import seal
-    app = ClientApp(mods=[seal(suite)])
+    app = ClientApp(mods=[seal()])
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
 from quorsum.client import ledger
+from quorsum.client.keys import configured_suite
 from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite
 
 from quorsum import arrays, messages
-from quorsum.errors import CoordinatorFault, Refusal, UsageError
+from quorsum.errors import CoordinatorFault, KeyMaterialError, Refusal, UsageError
 
 __all__ = ["SealingMod", "seal"]
 
-log = logging.getLogger("quorsum.client")
+# Below Flower's own logger, so that it goes where the log of the node goes.
+log = logging.getLogger("flwr.quorsum")
 
 EXAMPLES = "num-examples"
 
 
 def seal(
-    suite: SiteSuite | Callable[[], SiteSuite],
+    suite: SiteSuite | Callable[[Context], SiteSuite] = configured_suite,
     *,
     site: str | None = None,
     share_metrics: Sequence[str] = (),
@@ -52,7 +53,8 @@ def seal(
     """A Flower mod that seals what a ClientApp trained.
 
     Args:
-        suite: the site's end of a cipher suite, or a function that makes it (called once, when first needed).
+        suite: the site's end of a cipher suite, or a function that makes it from the node's context (called once per
+            node, when first needed). By default the key file that the node's config names under ``quorsum-key``.
         site: name of this site; without it ``site-name`` of the node's config, else a name from its partition or node.
         share_metrics: names of the app's training metrics that may travel in the clear. The number of examples
             always does.
@@ -66,16 +68,26 @@ def seal(
 class SealingMod:
     """See :func:`seal`. Callable as a Flower mod."""
 
-    make_suite: SiteSuite | Callable[[], SiteSuite]
+    source: SiteSuite | Callable[[Context], SiteSuite]
     site: str | None = None
     share_metrics: tuple[str, ...] = ()
     minimum_sites: int = 3
     random_bytes: RandomBytes = field(default=os.urandom, repr=False)
+    # Made when first needed, so that the mod itself can be sent to another process.
+    _suites: dict[int, SiteSuite] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
-    def suite(self) -> SiteSuite:
-        """The suite, made when first needed so that the mod itself can be sent to another process."""
-        return self.make_suite() if callable(self.make_suite) else self.make_suite
+    def suite(self, context: Context) -> SiteSuite:
+        """The suite of the node the context belongs to."""
+        if not callable(self.source):
+            return self.source
+        if context.node_id not in self._suites:
+            try:
+                self._suites[context.node_id] = self.source(context)
+            except KeyMaterialError as error:
+                # Names a path of this site: it goes into the site's log only.
+                log.error("%s", error)
+                raise Refusal(error.code, "this site's key cannot be used; its own log says why") from None
+        return self._suites[context.node_id]
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Handle one message of the coordinator."""
@@ -117,16 +129,16 @@ class SealingMod:
         )
 
     def _introduce(self, request: messages.Hello, context: Context) -> RecordDict:
-        self._same_suite(request.suite)
-        return messages.pack(
-            messages.Introduction(site=self._name(context), suite=self.suite.name, key_id=self.suite.key_id)
-        )
+        suite = self.suite(context)
+        _same_suite(suite, request.suite)
+        return messages.pack(messages.Introduction(site=self._name(context), suite=suite.name, key_id=suite.key_id))
 
     def _train(
         self, request: messages.Train, message: Message, context: Context, call_next: ClientAppCallable
     ) -> RecordDict:
         round_context = request.context.round_context()
-        self._same_suite(request.suite)
+        suite = self.suite(context)
+        _same_suite(suite, request.suite)
         model = _only_arrays(message.content)
         self._acceptable(round_context, request.site, arrays.dimension(model))
         ledger.take_round(context.state, round_context)
@@ -136,7 +148,7 @@ class SealingMod:
         trained = time.perf_counter()
         update = clipped(arrays.difference(_only_arrays(reply), model), round_context)
         try:
-            state, blocks = self.suite.seal(round_context, update, self.random_bytes)
+            state, blocks = suite.seal(round_context, update, self.random_bytes)
         except UsageError as error:
             # The suite's words name norms and positions of this site's data; they stay in its own log.
             log.warning("round %d: cannot seal: %s", round_context.round, error)
@@ -147,7 +159,7 @@ class SealingMod:
         metrics = {k: v for record in reply.metric_records.values() for k, v in record.items()}
         submission = messages.Submission(
             context=round_context.digest().hex(),
-            key_id=self.suite.key_id,
+            key_id=suite.key_id,
             examples=_count(metrics.get(EXAMPLES)),
             metrics={name: float(value) for name in self.share_metrics if _is_number(value := metrics.get(name))},
             train_seconds=trained - started,
@@ -157,17 +169,10 @@ class SealingMod:
 
     def _answer(self, request: messages.Question, blocks: Blocks, context: Context) -> RecordDict:
         round_context, state = ledger.recall(context.state, request.context)
-        state, answer = self.suite.answer(round_context, state, request.phase, blocks, self.random_bytes)
+        state, answer = self.suite(context).answer(round_context, state, request.phase, blocks, self.random_bytes)
         # Saved before the answer leaves: what was answered must not be forgotten.
         ledger.remember(context.state, round_context, state)
         return messages.pack(messages.Answer(context=request.context, phase=request.phase), answer)
-
-    def _same_suite(self, suite: str) -> None:
-        if suite != self.suite.name:
-            raise CoordinatorFault(
-                "wrong-suite",
-                f"the coordinator uses suite {suite!r}, this site {self.suite.name!r}; configure the same",
-            )
 
     def _acceptable(self, round_context: RoundContext, site: str, dimension: int) -> None:
         sites = round_context.sites
@@ -195,6 +200,13 @@ class SealingMod:
         if "partition-id" in config:
             return f"site-{int(config['partition-id']) + 1:02d}"
         return f"node-{context.node_id}"
+
+
+def _same_suite(suite: SiteSuite, asked: str) -> None:
+    if asked != suite.name:
+        raise CoordinatorFault(
+            "wrong-suite", f"the coordinator uses suite {asked!r}, this site {suite.name!r}; configure the same"
+        )
 
 
 def clipped(update: NDArray[np.float32], context: RoundContext) -> NDArray[np.float32]:

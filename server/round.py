@@ -39,8 +39,8 @@ from quorsum.errors import Refusal, RoundFailed, SiteFault
 
 __all__ = ["Plan", "RoundOutcome", "expect", "play_round"]
 
-# Without clipping there is no norm an honest update must keep; beyond this many reference norms it is no update.
-UNCLIPPED_GATE = 1000.0
+# Without clipping there is no norm an honest update must keep; beyond this many reference norms no suite carries it.
+UNCLIPPED_GATE = 64.0
 # Sites clip in float32 and suites round: the norm gate leaves that much room.
 CLIP_SLACK = 1.05
 
@@ -259,7 +259,7 @@ def _select(
     for fault in measured.faults.values():
         ledger.blame(fault)
 
-    gate = context.unit * (CLIP_SLACK if context.clip else UNCLIPPED_GATE)
+    gate = CLIP_SLACK * context.unit * (1.0 if context.clip else UNCLIPPED_GATE)
     for row, finding in check_gram(measured.gram, context.tolerate, norm_bound=gate).items():
         ledger.blame(SiteFault(measured.sites[row], finding.code, finding.reason))
     rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]

@@ -18,7 +18,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,10 +36,13 @@ from quorsum.errors import BoundError, RoundFailed, SiteFault, UsageError
 
 __all__ = ["QuorumStrategy"]
 
-log = logging.getLogger("quorsum.server")
+# Below Flower's own logger, so that what a run says goes where Flower's log goes.
+log = logging.getLogger("flwr.quorsum")
 
 # Nodes connect one after the other; the roster is taken when enough are there.
 NODE_PAUSE = 0.2
+# Flower's name for a count that weighs replies; it is no measure of the model.
+EXAMPLES = "num-examples"
 
 
 class QuorumStrategy:
@@ -220,7 +223,7 @@ class QuorumStrategy:
             if isinstance(reply, RecordDict):
                 for record in reply.metric_records.values():
                     for name, value in record.items():
-                        if isinstance(value, int | float) and math.isfinite(value):
+                        if name != EXAMPLES and isinstance(value, int | float) and math.isfinite(value):
                             values.setdefault(name, []).append(float(value))
         return {name: statistics.median(seen) for name, seen in values.items()}
 
@@ -253,10 +256,11 @@ def _evaluate_centrally(
 
 
 def _log_round(record: RoundRecord) -> None:
-    log.info("round %d: %d accepted, left out: %s", record.round, len(record.accepted), _reasons(record.reasons))
+    measures = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items()) or "not evaluated"
+    kept = f"{len(record.accepted)} of {len(record.invited)} sites"
+    reasons = "; ".join(f"{site} ({reason})" for site, reason in record.reasons.items()) or "nobody"
+    log.info("[quorsum] round %d: %s; from %s; left out: %s", record.round, measures, kept, reasons)
+    for note in record.notes:
+        log.info("[quorsum] round %d: %s", record.round, note)
     if record.failed:
-        log.warning("round %d failed: %s", record.round, record.failed)
-
-
-def _reasons(reasons: Mapping[Site, str]) -> str:
-    return "; ".join(f"{site} ({reason})" for site, reason in reasons.items()) or "nobody"
+        log.warning("[quorsum] round %d failed: %s", record.round, record.failed)

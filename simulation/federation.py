@@ -20,13 +20,14 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
-
-from quorsum import arrays
 from quorsum.client import seal
+from quorsum.crypto.ckks_parameters import MAX_NORM
 from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite, Vector
 from quorsum.simulation.attacks import Attack, AttackView
 from quorsum.simulation.data import Dataset
 from quorsum.simulation.models import build_model, train_locally
+
+from quorsum import arrays
 
 __all__ = ["Training", "World", "client_app", "site_name"]
 
@@ -94,13 +95,13 @@ class World:
 
 def client_app(world: World, make_suite: Callable[[], SiteSuite], random_bytes: RandomBytes) -> ClientApp:
     """The ClientApp that every node of a simulated federation runs; who is who follows from the partition."""
-    honest = seal(make_suite, random_bytes=random_bytes)
-    nans = seal(lambda: NanSuite(make_suite()), random_bytes=random_bytes)
+    honest = seal(lambda _: make_suite(), random_bytes=random_bytes)
+    nan = world.attack.name == "nan"
+    malicious = seal(lambda _: AttackerSuite(make_suite(), nan=nan), random_bytes=random_bytes)
     attacker = Attacker(world)
 
     def outer(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        poisoned = _partition(context) in world.poisoned
-        mod = nans if poisoned and world.attack.name == "nan" else honest
+        mod = malicious if _partition(context) in world.poisoned else honest
         return mod(message, context, call_next)
 
     app = ClientApp(mods=[outer, attacker])
@@ -162,20 +163,25 @@ class Attacker:
             return self._known[number]
 
 
-class NanSuite:
-    """A site whose update is not a number, and whose software does not check: it sends bare NaN instead of sealing.
+class AttackerSuite:
+    """A malicious site's end of a suite: it does not check what it seals.
 
-    Whatever the suite, these are the bytes of a clear float32 vector full of NaN.
+    * What is longer than any suite carries is cut to just below that (the longest lie that gets through).
+    * A site that attacks with NaN sends the bytes of a clear float32 vector full of NaN, whatever the suite.
     """
 
-    def __init__(self, suite: SiteSuite) -> None:
+    def __init__(self, suite: SiteSuite, *, nan: bool) -> None:
         self._suite = suite
+        self._nan = nan
         self.name = suite.name
         self.key_id = suite.key_id
 
     def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
-        """NaN for every parameter, as the bytes of float32."""
-        return b"", (np.full(context.dimension, np.nan, dtype="<f4").tobytes(),)
+        """Seal the update, cut to length; or send bare NaN."""
+        if self._nan:
+            return b"", (np.full(context.dimension, np.nan, dtype="<f4").tobytes(),)
+        longest, norm = 0.99 * MAX_NORM * context.unit, float(np.linalg.norm(update))
+        return self._suite.seal(context, update * (longest / norm) if norm > longest else update, random_bytes)
 
     def answer(
         self, context: RoundContext, state: bytes, phase: str, question: Blocks, random_bytes: RandomBytes

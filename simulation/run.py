@@ -17,11 +17,9 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-
 from quorsum.aggregation import parse_rule
 from quorsum.crypto import CkksCoordinator, CkksSite, CkksSiteKey, PlainCoordinator, PlainSite, generate_site_key
 from quorsum.crypto.suite import CoordinatorSuite, SiteSuite
-from quorsum.errors import UsageError
 from quorsum.server import QuorumResult, QuorumStrategy, RoundRecord
 from quorsum.simulation.attacks import parse_attack
 from quorsum.simulation.data import Dataset, load_dataset
@@ -29,6 +27,8 @@ from quorsum.simulation.federation import Training, World, client_app, site_name
 from quorsum.simulation.grid import LocalGrid
 from quorsum.simulation.models import evaluate
 from quorsum.simulation.partition import partition
+
+from quorsum.errors import BoundError, UsageError
 
 __all__ = ["RUNTIMES", "SUITES", "Simulation", "simulate"]
 
@@ -96,7 +96,9 @@ class Simulation:
         if not 3 <= self.sites <= MAX_SITES:
             raise UsageError(f"--sites must lie in 3 .. {MAX_SITES}, got {self.sites}")
         if not 0 <= self.poisoned < self.sites:
-            raise UsageError(f"--poisoned must lie in 0 .. {self.sites - 1} for {self.sites} sites, got {self.poisoned}")
+            raise UsageError(
+                f"--poisoned must lie in 0 .. {self.sites - 1} for {self.sites} sites, got {self.poisoned}"
+            )
         if self.rounds < 1:
             raise UsageError(f"--rounds must be 1 or more, got {self.rounds}")
         if self.suite not in SUITES:
@@ -108,7 +110,12 @@ class Simulation:
         if rule.needs_reference:
             raise UsageError(f"rule {self.rule!r} needs a trusted reference site, which a simulation does not have")
         tolerate = self.poisoned if self.tolerate is None else self.tolerate
-        rule.require_sites(self.sites, tolerate)
+        need = max(rule.minimum_sites(tolerate), 2 * tolerate + 1)
+        if self.sites < need:
+            raise BoundError(
+                f"{self.rule} needs at least {need} sites to tolerate {tolerate} malicious ones, got {self.sites}; "
+                "raise --sites or lower --tolerate"
+            )
         return Simulation(**{**asdict(self), "tolerate": tolerate})
 
 
@@ -157,7 +164,9 @@ def simulate(
         )
 
     with _quiet_flower(), _one_thread_per_site():
-        outcome = _run_on_ray(run, app, settings.sites) if settings.runtime == "ray" else _run_locally(run, app, settings)
+        outcome = (
+            _run_on_ray(run, app, settings.sites) if settings.runtime == "ray" else _run_locally(run, app, settings)
+        )
     return result_of(settings, world, outcome)
 
 
@@ -251,8 +260,8 @@ def _run_locally(run: Callable[[Grid], QuorumResult], app: ClientApp, settings: 
 
 def _run_on_ray(run: Callable[[Grid], QuorumResult], app: ClientApp, sites: int) -> QuorumResult:
     try:
+        import ray  # noqa: F401 - only to give a clear error early
         from flwr.simulation import run_simulation
-        import ray  # noqa: F401, I001 - only to give a clear error early
     except ImportError:
         raise UsageError("--runtime ray needs Flower's simulation runtime: pip install 'quorsum[ray]'") from None
     outcomes: list[QuorumResult] = []

@@ -66,7 +66,7 @@ def learning_app(mods: list[Mod], learn: Callable[[int, int], np.ndarray] = hone
     def evaluate(message: Message, context: Context) -> Message:
         arrays = message.content.array_records["arrays"]
         partition = int(context.node_config["partition-id"])
-        metrics = MetricRecord({"accuracy": 0.5 + 0.1 * partition, "raw": [1.0, 2.0]})
+        metrics = MetricRecord({"num-examples": 7, "accuracy": 0.5 + 0.1 * partition, "raw": [1.0, 2.0]})
         return Message(RecordDict({"metrics": metrics, "leak": arrays}), reply_to=message)
 
     return app

@@ -1,0 +1,113 @@
+"""Whole simulated federations: what the demonstration claims, as tests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+from quorsum.simulation.run import Simulation, simulate
+
+from quorsum.errors import BoundError, UsageError
+
+BASE = Simulation(rounds=12)
+LOUD = ("sign-flip", "scaling", "gaussian", "nan")
+
+
+@cache
+def outcome(**changes: Any) -> dict[str, Any]:
+    return simulate(replace(BASE, **changes))
+
+
+def clean() -> float:
+    return float(outcome(poisoned=0, attack="none", rule="mean", suite="plain")["final"]["accuracy"])
+
+
+def accepted(result: dict[str, Any]) -> list[list[str]]:
+    return [one["accepted"] for one in result["rounds"]]
+
+
+@pytest.mark.parametrize("attack", LOUD)
+def test_sealed_and_attacked_ends_like_clean_training(attack: str) -> None:
+    result = outcome(attack=attack, suite="ckks")
+    assert result["final"]["accuracy"] >= clean() - 0.02
+    assert result["final"]["poisoned_rejected"] >= 0.9
+    assert all(one["failed"] is None for one in result["rounds"])
+
+
+@pytest.mark.parametrize("attack", ["alie:z=1.5", "ipm", "label-flip"])
+def test_quiet_attacks_do_not_hurt_either(attack: str) -> None:
+    assert outcome(attack=attack, suite="ckks")["final"]["accuracy"] >= clean() - 0.02
+
+
+def test_undefended_mean_collapses_under_sign_flip() -> None:
+    result = outcome(attack="sign-flip", rule="mean", tolerate=0, suite="plain")
+    assert result["final"]["accuracy"] < 0.5 < clean()
+
+
+@pytest.mark.parametrize("attack", LOUD)
+def test_plain_and_ckks_choose_the_same_sites(attack: str) -> None:
+    sealed, clear = outcome(attack=attack, suite="ckks"), outcome(attack=attack, suite="plain")
+    assert accepted(sealed) == accepted(clear)
+    assert abs(sealed["final"]["accuracy"] - clear["final"]["accuracy"]) <= 0.005
+
+
+def test_result_is_plain_json_of_the_promised_shape() -> None:
+    result = outcome(attack="sign-flip", suite="ckks")
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["schema_version"] == 1
+    assert result["config"]["tolerate"] == 2
+    assert {site["id"] for site in result["sites"]} == {f"site-{k:02d}" for k in range(1, 11)}
+    assert sum(site["poisoned"] for site in result["sites"]) == 2
+    for one in result["rounds"]:
+        assert set(one["accepted"]) | set(one["rejected"]) == {site["id"] for site in result["sites"]}
+        assert set(one["reasons"]) == set(one["rejected"])
+        assert set(one["weights"]) == set(one["accepted"])
+        assert sum(one["weights"].values()) == pytest.approx(1)
+        assert set(one["seconds"]) == {"train", "seal", "geometry", "open", "total"}
+        assert one["bytes"]["up_per_site"] > 2410 * 60
+    assert set(result["final"]) >= {"accuracy", "poisoned_rejected", "honest_rejected"}
+
+
+def test_same_seed_same_run() -> None:
+    def strip(result: dict[str, Any]) -> list[Any]:
+        return [(one["accuracy"], one["accepted"], one["weights"]) for one in result["rounds"]]
+
+    settings = Simulation(rounds=3, suite="plain", rule="bucketing+multi-krum", poisoned=1, sites=11, attack="gaussian")
+    assert strip(simulate(settings)) == strip(simulate(settings))
+    other = simulate(replace(settings, seed=2))
+    assert other["rounds"][0]["accuracy"] != simulate(settings)["rounds"][0]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"sites": 2}, UsageError, "--sites"),
+        ({"poisoned": 10}, UsageError, "--poisoned"),
+        ({"poisoned": -1}, UsageError, "--poisoned"),
+        ({"rounds": 0}, UsageError, "--rounds"),
+        ({"suite": "rot13"}, UsageError, "known: ckks, plain"),
+        ({"runtime": "mainframe"}, UsageError, "known: local, ray"),
+        ({"attack": "sing-flip"}, UsageError, "did you mean sign-flip"),
+        ({"rule": "krumm"}, UsageError, "krum"),
+        ({"rule": "fltrust"}, UsageError, "reference"),
+        ({"rule": "median"}, UsageError, "inner products"),
+        ({"sites": 6}, BoundError, "at least 7 sites"),
+        ({"tolerate": 4}, BoundError, "at least 11 sites"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_starts(
+    changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        simulate(replace(BASE, **changes))
+
+
+@pytest.mark.slow
+def test_ray_runtime_gives_the_same_result() -> None:
+    settings = Simulation(rounds=2, sites=5, poisoned=1, attack="alie:z=1.5")
+    local, ray = simulate(settings), simulate(replace(settings, runtime="ray"))
+    assert accepted(local) == accepted(ray)
+    assert local["final"]["accuracy"] == pytest.approx(ray["final"]["accuracy"], abs=0.005)
