@@ -303,7 +303,8 @@ def _enough(plan: Plan, context: RoundContext, usable: int, ledger: _Ledger) -> 
     """
     proven = sum(fault.proven for fault in ledger.faults.values())
     left = max(0, plan.tolerate - proven)
-    need = plan.rule.minimum_sites(left)
+    # A reference row is a voice of its own kind, not one of the sites that are judged.
+    need = plan.rule.minimum_sites(left) + (plan.reference is not None)
     if usable < need:
         raise RoundFailed(
             f"only {usable} of {len(context.sites)} sites sent a usable update; {plan.rule.name} needs {need} to "

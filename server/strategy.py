@@ -196,14 +196,15 @@ class QuorumStrategy:
             BoundError: the rule cannot tolerate that many with the sites present.
         """
         if self.tolerate is None:
-            able = [f for f in range(sites) if 2 * f < sites and self.rule.minimum_sites(f) <= sites]
+            judged = sites - (self.reference is not None)
+            able = [f for f in range(sites) if 2 * f < sites and self.rule.minimum_sites(f) <= judged]
             if not able:
                 raise BoundError(
                     f"{self.rule.name} needs at least {self.rule.minimum_sites(0)} sites, {sites} are there; "
                     "connect more or choose another rule"
                 )
             return max(able)
-        need = max(self.rule.minimum_sites(self.tolerate), 2 * self.tolerate + 1)
+        need = max(self.rule.minimum_sites(self.tolerate) + (self.reference is not None), 2 * self.tolerate + 1)
         if sites < need:
             raise BoundError(
                 f"{self.rule.name} needs at least {need} sites to tolerate {self.tolerate} malicious ones, "
