@@ -1,0 +1,334 @@
+"""The coordinator's end of the suite ``ckks``: it computes on ciphertexts and holds no secret.
+
+Measuring. The B ciphertexts of each upload are added up with random signs, r times, drawn once all uploads are
+in: ``z_i^k = sum_b s_kb ct_ib``. Whole ciphertexts get a sign, so this needs no rotation key, and over the signs
+``E <z_i, z_j> = <x_i, x_j>``. For all pairs i <= j, ``P_ij = sum_k z_i^k z_j^k`` is masked (see ``ckks_mask``) and sent
+to all sites, who return the noisy sum of its slots. What f + 1 of them say is believed.
+
+Combining. ``sum_i w_i ct_i`` is sent to 2 f + 1 sites, or to all where there are fewer; if those do not agree, to
+the rest as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import combinations_with_replacement
+
+import numpy as np
+import tenseal as ts
+from numpy.typing import NDArray
+
+from quorsum.crypto.checks import EXACT_TOLERANCE, RATIO_TOLERANCE, check_context, check_weights
+from quorsum.crypto.ckks_keys import check_public_context
+from quorsum.crypto.ckks_mask import hide_all_but_sum
+from quorsum.crypto.ckks_parameters import (
+    WEIGHT_LIFT,
+    ciphertext_count,
+    gram_step,
+    sketch_count,
+    slot_factor,
+    sum_step,
+)
+from quorsum.crypto.ckks_wire import (
+    CipherVector,
+    Context,
+    MalformedError,
+    ciphertext_bytes,
+    load_ciphertext,
+    pack_blocks,
+    parameters_only,
+    read_blocks,
+)
+from quorsum.crypto.flatten import flatten
+from quorsum.crypto.randomness import draw_signs
+from quorsum.crypto.suite import Ask, Blocks, Dialogue, Measured, Opened, RandomBytes, RoundContext, Site
+from quorsum.crypto.voting import Verdict, count_votes, read_ballots
+from quorsum.errors import KeyMaterialError, RoundFailed, SiteFault, UsageError
+
+__all__ = ["CkksCoordinator", "CkksUpload"]
+
+
+@dataclass(frozen=True)
+class CkksUpload:
+    """A sealed update whose form has been checked. It stays serialised: 64 bytes per parameter.
+
+    Attributes:
+        public: serialised context with the public key it was sealed under.
+        blocks: framed ciphertexts.
+    """
+
+    public: bytes = field(repr=False)
+    blocks: Blocks = field(repr=False)
+
+
+@dataclass(frozen=True)
+class CkksCoordinator:
+    """The coordinator's end of ``ckks``.
+
+    Without arguments it knows the frozen parameters only, and takes the public key that most sites sealed under.
+
+    Attributes:
+        public: serialised context with the public key that uploads must be sealed under, or None for any.
+    """
+
+    public: bytes | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name of the suite and its parameters, equal at both ends."""
+        return "ckks/v1"
+
+    @classmethod
+    def from_context(cls, data: bytes) -> CkksCoordinator:
+        """Make a coordinator that accepts updates under one public key only.
+
+        Args:
+            data: ``CkksSiteKey.public_context()``, or a context without any key, which is as good as none.
+
+        Raises:
+            KeyMaterialError: ``secret-key``, ``wrong-parameters``, ``evaluation-keys`` or ``unreadable``.
+        """
+        checked = check_public_context(data, need_public_key=False)
+        return cls(None if checked == parameters_only() else checked)
+
+    def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
+        """Squared norm that noise alone may add to an opened sum or take from the promised one.
+
+        Returns:
+            the noise energy of the sum, plus six standard deviations of ``w' G w`` from the noise of the Gram matrix.
+        """
+        magnitude = float(sum(abs(weight) for weight in weights.values()))
+        _, sum_noise = sum_step(context)
+        _, gram_noise = gram_step(context)
+        energy = context.dimension * (sum_noise * magnitude / slot_factor(context)) ** 2
+        spread = gram_noise * context.unit**2 * math.sqrt(2) * sum(weight * weight for weight in weights.values())
+        return energy + 6 * spread
+
+    def ratio_tolerance(self, context: RoundContext) -> float:
+        """Largest honest ratio for ``check_opened``: 1.01 when the Gram is exact, else 1.08, scaled as 1 / sqrt(r)."""
+        if ciphertext_count(context) == 1:
+            return EXACT_TOLERANCE
+        return 1.0 + (RATIO_TOLERANCE - 1.0) * math.sqrt(4 / context.sketches)
+
+    def accept(self, context: RoundContext, site: Site, blocks: Blocks) -> CkksUpload:
+        """Check all that can be checked without a key. The bytes are kept, not copied. About 1 ms per ciphertext.
+
+        Raises:
+            SiteFault: ``wrong-shape``, ``undecodable``, ``wrong-level``, ``wrong-scale``, ``plaintext``,
+                ``repeated`` (one ciphertext twice, which encryption never gives), ``wrong-key`` (a public key that is
+                unusable or not the expected one), ``secret-key`` (the site sent its secret key).
+        """
+        check_context(context)
+        if not blocks:
+            raise SiteFault(site, "wrong-shape", "an upload begins with a public key, got nothing")
+        public = self._accept_key(site, blocks[0])
+        seen: set[bytes] = set()
+        loader = _working_context(public)
+        number = 0
+        try:
+            for item in read_blocks(blocks[1:], ciphertext_count(context)):
+                load_ciphertext(loader, item, size=2, moduli=2)
+                seen.add(sha256(item).digest())
+                number += 1
+        except MalformedError as error:
+            raise SiteFault(site, error.code, f"ciphertext {number} of its upload: {error.message}") from error
+        if len(seen) != number:
+            raise SiteFault(site, "repeated", "its upload holds one ciphertext twice, which encryption never gives")
+        return CkksUpload(public, blocks[1:])
+
+    def _accept_key(self, site: Site, data: bytes) -> bytes:
+        try:
+            public = check_public_context(data, need_public_key=True)
+        except KeyMaterialError as error:
+            code = "secret-key" if error.code == "secret-key" else "wrong-key"
+            raise SiteFault(site, code, f"the public key in its upload: {error.message}") from error
+        if self.public is not None and public != self.public:
+            raise SiteFault(site, "wrong-key", "it sealed under another key than that of this federation")
+        return public
+
+    def measure(
+        self, context: RoundContext, uploads: Mapping[Site, CkksUpload], random_bytes: RandomBytes
+    ) -> Dialogue[Measured]:
+        """Open the Gram matrix of all uploads under the common key; asks all of their sites ``gram``.
+
+        Every entry carries noise of standard deviation 2^-12 unit^2, so the matrix may be indefinite by that much.
+
+        Returns (by the dialogue):
+            rows for all uploads under the common key that could be sketched. ``faults`` has ``wrong-key`` and
+            ``vanishing`` (left out of the rows), ``silent``, ``wrong-shape`` and ``outvoted`` (the answer was bad, the
+            row is there).
+
+        Raises:
+            UsageError: there is no upload.
+            RoundFailed: no public key, or no answer, has f + 1 sites behind it and more than any other.
+        """
+        check_context(context)
+        public, faults = _common_key(uploads, context.tolerate)
+        worker = _working_context(public)
+        signs = draw_signs(random_bytes, sketch_count(context), ciphertext_count(context))
+        sketches: dict[Site, list[CipherVector]] = {}
+        voters = [site for site in sorted(uploads) if site not in faults]
+        for site in voters:
+            try:
+                sketches[site] = _sketch(worker, uploads[site], signs)
+            except RuntimeError:
+                # The library refuses results whose second polynomial is zero: ciphertexts made to cancel.
+                faults[site] = SiteFault(site, "vanishing", "its ciphertexts were made to cancel each other")
+        sites = tuple(sketches)
+        if not sites:
+            raise RoundFailed("no upload could be measured", dict(faults))
+        pairs = list(combinations_with_replacement(sites, 2))
+        question = pack_blocks(_products(worker, sketches, pairs, random_bytes, faults))
+        del sketches
+        answers = yield Ask("gram", dict.fromkeys(voters, question))
+        del question
+        verdict = _vote(voters, answers, len(pairs), "<i8", context.tolerate)
+        step, _ = gram_step(context)
+        gram = np.zeros((len(sites), len(sites)))
+        gram[np.triu_indices(len(sites))] = verdict.value * (step * context.unit**2)
+        return Measured(sites, gram + np.triu(gram, 1).T, {**verdict.faults, **faults})
+
+    def combine(
+        self,
+        context: RoundContext,
+        uploads: Mapping[Site, CkksUpload],
+        weights: Mapping[Site, float],
+        random_bytes: RandomBytes,
+    ) -> Dialogue[Opened]:
+        """Open one weighted sum; asks 2 f + 1 sites ``sum``, beginning with another one each round.
+
+        Every site in ``uploads`` may be asked, so pass those only that are in good standing after ``measure``. The
+        sum carries noise per parameter of ``2^-10 unit / sqrt(d)``, times the sum of the weights' magnitudes.
+
+        Raises:
+            UsageError: a weight is not finite, or its site has no upload under the common key, or all are zero.
+            RoundFailed: no answer has f + 1 sites behind it and more than any other, or the sum cancels.
+        """
+        check_context(context)
+        check_weights(tuple(uploads), weights)
+        public, foreign = _common_key(uploads, context.tolerate)
+        for site in foreign:
+            if weights.get(site, 0.0) != 0.0:
+                raise UsageError(f"site {site} sealed under another key than the others; give it no weight")
+        magnitude = sum(abs(weight) for weight in weights.values())
+        chosen = {site: weights[site] / magnitude for site in sorted(weights) if weights[site] != 0.0}
+        try:
+            question = pack_blocks(_weighted(_working_context(public), context, uploads, chosen))
+        except RuntimeError as error:
+            raise RoundFailed("the ciphertexts of the chosen sites cancel each other; measure them first") from error
+        order = _rotated([site for site in sorted(uploads) if site not in foreign], context.round)
+        first, rest = order[: 2 * context.tolerate + 1], order[2 * context.tolerate + 1 :]
+        answers = yield Ask("sum", dict.fromkeys(first, question))
+        try:
+            verdict = _vote(first, answers, context.dimension, "<i4", context.tolerate)
+        except RoundFailed:
+            if not rest:
+                raise
+            more = yield Ask("sum", dict.fromkeys(rest, question))
+            verdict = _vote(order, {**answers, **more}, context.dimension, "<i4", context.tolerate)
+        step, _ = sum_step(context)
+        slots = verdict.value.astype(np.float64) * (step * magnitude / slot_factor(context))
+        return Opened(flatten(context.digest(), slots), verdict.faults)
+
+
+def _working_context(public: bytes) -> Context:
+    """The context that the coordinator computes in: products are rescaled, levels are matched."""
+    context = ts.context_from(public, 1)
+    context.auto_rescale = True
+    context.auto_mod_switch = True
+    return context
+
+
+def _rotated(sites: list[Site], by: int) -> list[Site]:
+    start = by % len(sites)
+    return sites[start:] + sites[:start]
+
+
+def _common_key(uploads: Mapping[Site, CkksUpload], tolerate: int) -> tuple[bytes, dict[Site, SiteFault]]:
+    """The public key that most uploads are sealed under, and the faults of the others."""
+    if not uploads:
+        raise UsageError("there is no upload")
+    holders: dict[bytes, list[Site]] = {}
+    for site in sorted(uploads):
+        holders.setdefault(uploads[site].public, []).append(site)
+    ranked = sorted(holders, key=lambda key: len(holders[key]), reverse=True)
+    winner, count = ranked[0], len(holders[ranked[0]])
+    tied = len(ranked) > 1 and len(holders[ranked[1]]) == count
+    if tied or count < tolerate + 1:
+        raise RoundFailed(
+            f"the uploads are sealed under {len(ranked)} different keys and none has a majority with at least "
+            f"{tolerate + 1} sites; compare the key fingerprints of all sites"
+        )
+    faults = {
+        site: SiteFault(site, "wrong-key", f"it sealed under another key than {count} others")
+        for key in ranked[1:]
+        for site in holders[key]
+    }
+    return winner, faults
+
+
+def _sketch(worker: Context, upload: CkksUpload, signs: NDArray[np.int8]) -> list[CipherVector]:
+    """``z^k = sum_b s_kb ct_b`` for all k, loading each ciphertext once (the first one r times)."""
+    sketches: list[CipherVector] = []
+    for number, item in enumerate(read_blocks(upload.blocks, signs.shape[1])):
+        if number == 0:
+            for sign in signs[:, 0]:
+                first = load_ciphertext(worker, item, size=2, moduli=2)
+                sketches.append(first if sign > 0 else first.neg_())
+            continue
+        vector = load_ciphertext(worker, item, size=2, moduli=2)
+        for sketch, sign in zip(sketches, signs[:, number], strict=True):
+            if sign > 0:
+                sketch.add_(vector)
+            else:
+                sketch.sub_(vector)
+    return sketches
+
+
+def _products(
+    worker: Context,
+    sketches: Mapping[Site, list[CipherVector]],
+    pairs: list[tuple[Site, Site]],
+    random_bytes: RandomBytes,
+    faults: dict[Site, SiteFault],
+) -> Iterator[bytes]:
+    """``P_ij = sum_k z_i^k z_j^k`` for each pair, rescaled and masked."""
+    for i, j in pairs:
+        # noise: 2^10.6 from rounding each rescaled product, on 2^40: 2^-30 of unit^2 after averaging
+        products = [a * b for a, b in zip(sketches[i], sketches[j], strict=True)]
+        total = products[0]
+        for product in products[1:]:
+            total.add_(product)
+        hide_all_but_sum(total, worker, random_bytes)
+        yield ciphertext_bytes(total)
+
+
+def _weighted(
+    worker: Context, context: RoundContext, uploads: Mapping[Site, CkksUpload], weights: Mapping[Site, float]
+) -> Iterator[bytes]:
+    """``sum_i w_i ct_ib`` for each b, rescaled; all uploads are read side by side, one ciphertext at a time."""
+    streams = {site: read_blocks(uploads[site].blocks, ciphertext_count(context)) for site in weights}
+    for _ in range(ciphertext_count(context)):
+        total: CipherVector = None
+        for site, weight in weights.items():
+            # noise: 2^-41 per slot from rounding each term, 2^-40 |w| from encryption
+            term = load_ciphertext(worker, next(streams[site]), size=2, moduli=2) * (weight * WEIGHT_LIFT)
+            if total is None:
+                total = term
+            else:
+                total.add_(term)
+        yield ciphertext_bytes(total)
+
+
+def _vote(voters: list[Site], answers: Mapping[Site, Blocks], count: int, dtype: str, tolerate: int) -> Verdict:
+    """Count the answers of ``voters``; the verdict's faults include the silent and the unreadable."""
+    ballot = read_ballots({site: answers[site] for site in voters if site in answers}, count, dtype)
+    known = {
+        **{s: SiteFault(s, "silent", "it gave no answer") for s in voters if s not in answers},
+        **ballot.faults,
+    }
+    verdict = count_votes(ballot.answers, tolerate, known)
+    return Verdict(verdict.value, verdict.agreeing, {**known, **verdict.faults})
