@@ -46,7 +46,7 @@ types: $(STAMP) links
 check: lint types test
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/ckks.py
+	$(BIN)/python benchmarks/suites.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out $(addprefix quorsum/,$(LINKS))

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context
-from quorsum.crypto import CkksSite, CkksSiteKey
 
+from quorsum.crypto import CkksSite, CkksSiteKey
 from quorsum.errors import KeyMaterialError
 
 __all__ = ["NODE_CONFIG_KEY", "configured_suite", "load_site_key"]

@@ -7,9 +7,9 @@ the site. One record: the run, the last round taken, its context, and the suite'
 from __future__ import annotations
 
 from flwr.app import ConfigRecord, RecordDict
-from quorsum.crypto.suite import RoundContext
 
 from quorsum import messages
+from quorsum.crypto.suite import RoundContext
 from quorsum.errors import CoordinatorFault
 
 __all__ = ["recall", "remember", "take_round"]

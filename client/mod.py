@@ -27,11 +27,11 @@ import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
+
+from quorsum import arrays, messages
 from quorsum.client import ledger
 from quorsum.client.keys import configured_suite
 from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite
-
-from quorsum import arrays, messages
 from quorsum.errors import CoordinatorFault, KeyMaterialError, Refusal, UsageError
 
 __all__ = ["SealingMod", "seal"]
@@ -131,7 +131,8 @@ class SealingMod:
     def _introduce(self, request: messages.Hello, context: Context) -> RecordDict:
         suite = self.suite(context)
         _same_suite(suite, request.suite)
-        return messages.pack(messages.Introduction(site=self._name(context), suite=suite.name, key_id=suite.key_id))
+        introduction = messages.Introduction(site=self._name(context), suite=suite.name, key_id=suite.key_id)
+        return messages.pack(introduction, (suite.public_key,) if suite.public_key else ())
 
     def _train(
         self, request: messages.Train, message: Message, context: Context, call_next: ClientAppCallable

@@ -46,7 +46,7 @@ from quorsum.crypto.flatten import flatten
 from quorsum.crypto.randomness import draw_signs
 from quorsum.crypto.suite import Ask, Blocks, Dialogue, Measured, Opened, RandomBytes, RoundContext, Site
 from quorsum.crypto.voting import Verdict, count_votes, read_ballots
-from quorsum.errors import KeyMaterialError, RoundFailed, SiteFault, UsageError
+from quorsum.errors import RoundFailed, SiteFault, UsageError
 
 __all__ = ["CkksCoordinator", "CkksUpload"]
 
@@ -56,11 +56,9 @@ class CkksUpload:
     """A sealed update whose form has been checked. It stays serialised: 64 bytes per parameter.
 
     Attributes:
-        public: serialised context with the public key it was sealed under.
         blocks: framed ciphertexts.
     """
 
-    public: bytes = field(repr=False)
     blocks: Blocks = field(repr=False)
 
 
@@ -68,10 +66,12 @@ class CkksUpload:
 class CkksCoordinator:
     """The coordinator's end of ``ckks``.
 
-    Without arguments it knows the frozen parameters only, and takes the public key that most sites sealed under.
+    Without arguments it knows the frozen parameters only, which is enough to accept uploads. To measure and to
+    combine it needs the sites' public key, which it gets once per run (see ``adopt``): what it sends to be opened
+    must be rerandomised by fresh encryptions of zero (see ``ckks_mask``).
 
     Attributes:
-        public: serialised context with the public key that uploads must be sealed under, or None for any.
+        public: serialised context with the sites' public key, or None before ``adopt``.
     """
 
     public: bytes | None = field(default=None, repr=False)
@@ -81,18 +81,17 @@ class CkksCoordinator:
         """Name of the suite and its parameters, equal at both ends."""
         return "ckks/v1"
 
-    @classmethod
-    def from_context(cls, data: bytes) -> CkksCoordinator:
-        """Make a coordinator that accepts updates under one public key only.
+    def adopt(self, public_key: bytes) -> CkksCoordinator:
+        """The coordinator with the sites' public key.
 
         Args:
-            data: ``CkksSiteKey.public_context()``, or a context without any key, which is as good as none.
+            public_key: ``CkksSite.public_key``.
 
         Raises:
-            KeyMaterialError: ``secret-key``, ``wrong-parameters``, ``evaluation-keys`` or ``unreadable``.
+            KeyMaterialError: ``secret-key`` (it holds the secret too), ``no-public-key``, ``wrong-parameters``,
+                ``evaluation-keys`` or ``unreadable``.
         """
-        checked = check_public_context(data, need_public_key=False)
-        return cls(None if checked == parameters_only() else checked)
+        return CkksCoordinator(check_public_context(public_key))
 
     def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
         """Squared norm that noise alone may add to an opened sum or take from the promised one.
@@ -118,18 +117,14 @@ class CkksCoordinator:
 
         Raises:
             SiteFault: ``wrong-shape``, ``undecodable``, ``wrong-level``, ``wrong-scale``, ``plaintext``,
-                ``repeated`` (one ciphertext twice, which encryption never gives), ``wrong-key`` (a public key that is
-                unusable or not the expected one), ``secret-key`` (the site sent its secret key).
+                ``repeated`` (one ciphertext twice, which encryption never gives).
         """
         check_context(context)
-        if not blocks:
-            raise SiteFault(site, "wrong-shape", "an upload begins with a public key, got nothing")
-        public = self._accept_key(site, blocks[0])
         seen: set[bytes] = set()
-        loader = _working_context(public)
+        loader = _working_context(parameters_only())
         number = 0
         try:
-            for item in read_blocks(blocks[1:], ciphertext_count(context)):
+            for item in read_blocks(blocks, ciphertext_count(context)):
                 load_ciphertext(loader, item, size=2, moduli=2)
                 seen.add(sha256(item).digest())
                 number += 1
@@ -137,40 +132,38 @@ class CkksCoordinator:
             raise SiteFault(site, error.code, f"ciphertext {number} of its upload: {error.message}") from error
         if len(seen) != number:
             raise SiteFault(site, "repeated", "its upload holds one ciphertext twice, which encryption never gives")
-        return CkksUpload(public, blocks[1:])
+        return CkksUpload(blocks)
 
-    def _accept_key(self, site: Site, data: bytes) -> bytes:
-        try:
-            public = check_public_context(data, need_public_key=True)
-        except KeyMaterialError as error:
-            code = "secret-key" if error.code == "secret-key" else "wrong-key"
-            raise SiteFault(site, code, f"the public key in its upload: {error.message}") from error
-        if self.public is not None and public != self.public:
-            raise SiteFault(site, "wrong-key", "it sealed under another key than that of this federation")
-        return public
+    def _public(self) -> bytes:
+        if self.public is None:
+            raise UsageError("the sites' public key is missing: call adopt() with what the sites introduce")
+        return self.public
 
     def measure(
         self, context: RoundContext, uploads: Mapping[Site, CkksUpload], random_bytes: RandomBytes
     ) -> Dialogue[Measured]:
-        """Open the Gram matrix of all uploads under the common key; asks all of their sites ``gram``.
+        """Open the Gram matrix of all uploads; asks all of their sites ``gram``.
+
+        What was sealed under another key shows as an absurd norm, for a check of the Gram matrix to find.
 
         Every entry carries noise of standard deviation 2^-12 unit^2, so the matrix may be indefinite by that much.
 
         Returns (by the dialogue):
-            rows for all uploads under the common key that could be sketched. ``faults`` has ``wrong-key`` and
-            ``vanishing`` (left out of the rows), ``silent``, ``wrong-shape`` and ``outvoted`` (the answer was bad, the
-            row is there).
+            rows for all uploads that could be sketched. ``faults`` has ``vanishing`` (left out of the rows),
+            ``silent``, ``wrong-shape`` and ``outvoted`` (the answer was bad, the row is there).
 
         Raises:
-            UsageError: there is no upload.
-            RoundFailed: no public key, or no answer, has f + 1 sites behind it and more than any other.
+            UsageError: there is no upload, or no public key yet.
+            RoundFailed: no answer has f + 1 sites behind it and more than any other.
         """
         check_context(context)
-        public, faults = _common_key(uploads, context.tolerate)
-        worker = _working_context(public)
+        if not uploads:
+            raise UsageError("there is no upload")
+        faults: dict[Site, SiteFault] = {}
+        worker = _working_context(self._public())
         signs = draw_signs(random_bytes, sketch_count(context), ciphertext_count(context))
         sketches: dict[Site, list[CipherVector]] = {}
-        voters = [site for site in sorted(uploads) if site not in faults]
+        voters = sorted(uploads)
         for site in voters:
             try:
                 sketches[site] = _sketch(worker, uploads[site], signs)
@@ -204,22 +197,19 @@ class CkksCoordinator:
         sum carries noise per parameter of ``2^-10 unit / sqrt(d)``, times the sum of the weights' magnitudes.
 
         Raises:
-            UsageError: a weight is not finite, or its site has no upload under the common key, or all are zero.
+            UsageError: a weight is not finite, or its site has no upload, or all are zero; or no public key yet.
             RoundFailed: no answer has f + 1 sites behind it and more than any other, or the sum cancels.
         """
         check_context(context)
         check_weights(tuple(uploads), weights)
-        public, foreign = _common_key(uploads, context.tolerate)
-        for site in foreign:
-            if weights.get(site, 0.0) != 0.0:
-                raise UsageError(f"site {site} sealed under another key than the others; give it no weight")
+        worker = _working_context(self._public())
         magnitude = sum(abs(weight) for weight in weights.values())
         chosen = {site: weights[site] / magnitude for site in sorted(weights) if weights[site] != 0.0}
         try:
-            question = pack_blocks(_weighted(_working_context(public), context, uploads, chosen))
+            question = pack_blocks(_weighted(worker, context, uploads, chosen))
         except RuntimeError as error:
             raise RoundFailed("the ciphertexts of the chosen sites cancel each other; measure them first") from error
-        order = _rotated([site for site in sorted(uploads) if site not in foreign], context.round)
+        order = _rotated(sorted(uploads), context.round)
         first, rest = order[: 2 * context.tolerate + 1], order[2 * context.tolerate + 1 :]
         answers = yield Ask("sum", dict.fromkeys(first, question))
         try:
@@ -245,29 +235,6 @@ def _working_context(public: bytes) -> Context:
 def _rotated(sites: list[Site], by: int) -> list[Site]:
     start = by % len(sites)
     return sites[start:] + sites[:start]
-
-
-def _common_key(uploads: Mapping[Site, CkksUpload], tolerate: int) -> tuple[bytes, dict[Site, SiteFault]]:
-    """The public key that most uploads are sealed under, and the faults of the others."""
-    if not uploads:
-        raise UsageError("there is no upload")
-    holders: dict[bytes, list[Site]] = {}
-    for site in sorted(uploads):
-        holders.setdefault(uploads[site].public, []).append(site)
-    ranked = sorted(holders, key=lambda key: len(holders[key]), reverse=True)
-    winner, count = ranked[0], len(holders[ranked[0]])
-    tied = len(ranked) > 1 and len(holders[ranked[1]]) == count
-    if tied or count < tolerate + 1:
-        raise RoundFailed(
-            f"the uploads are sealed under {len(ranked)} different keys and none has a majority with at least "
-            f"{tolerate + 1} sites; compare the key fingerprints of all sites"
-        )
-    faults = {
-        site: SiteFault(site, "wrong-key", f"it sealed under another key than {count} others")
-        for key in ranked[1:]
-        for site in holders[key]
-    }
-    return winner, faults
 
 
 def _sketch(worker: Context, upload: CkksUpload, signs: NDArray[np.int8]) -> list[CipherVector]:

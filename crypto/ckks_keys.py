@@ -107,18 +107,17 @@ def generate_site_key(random_bytes: RandomBytes) -> CkksSiteKey:
     return CkksSiteKey(context, draw(random_bytes, _FLOODING_BYTES))
 
 
-def check_public_context(data: bytes, *, need_public_key: bool) -> bytes:
+def check_public_context(data: bytes) -> bytes:
     """Check a context meant for the coordinator.
 
     Args:
         data: a serialised context.
-        need_public_key: whether one without a public key is refused as well.
 
     Returns:
         the same context as this library writes it, so that equal keys give equal bytes.
 
     Raises:
-        KeyMaterialError: it is unreadable, has other parameters, or holds a secret key.
+        KeyMaterialError: it is unreadable, has other parameters, lacks the public key, or holds a secret key.
     """
     context = load_context(data)
     if context.has_secret_key():
@@ -127,6 +126,6 @@ def check_public_context(data: bytes, *, need_public_key: bool) -> bytes:
             "this context holds the secret key, with which the coordinator could read every update; delete it here, "
             "make a new site key at a site, and hand over its public context only",
         )
-    if need_public_key and not context.has_public_key():
+    if not context.has_public_key():
         raise KeyMaterialError("no-public-key", "this context holds no public key")
-    return context_bytes(context, public_key=context.has_public_key(), secret_key=False)
+    return context_bytes(context, public_key=True, secret_key=False)

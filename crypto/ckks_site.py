@@ -76,6 +76,11 @@ class CkksSite:
         """Public fingerprint of the site key, 32 hexadecimal digits."""
         return self.key.key_id
 
+    @property
+    def public_key(self) -> bytes:
+        """The public half of the site key as a serialised context (393 kB); the coordinator gets it once per run."""
+        return self._public
+
     def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Encrypt one update, shape (d,), float32 or float64, finite, at most ``MAX_NORM`` units long.
 
@@ -83,7 +88,7 @@ class CkksSite:
         used: SEAL draws encryption randomness from its own generator, seeded by the operating system.
 
         Returns:
-            the private state, and the blocks: the public key, then the ciphertexts, 64 per block.
+            the private state, and the blocks: the ciphertexts, 64 per block.
 
         Raises:
             UsageError: the update has the wrong shape or type, is not finite, or is so long that sums of
@@ -98,8 +103,7 @@ class CkksSite:
                 f"clip it to the unit {context.unit:g}, or agree on a larger unit"
             )
         slots = flatten(context.digest(), update.astype(np.float64, copy=False)) * slot_factor(context)
-        blocks = (self._public, *pack_blocks(self._encrypt(slots)))
-        return _write_state(context, {}), blocks
+        return _write_state(context, {}), pack_blocks(self._encrypt(slots))
 
     def _encrypt(self, slots: NDArray[np.float64]) -> Iterator[bytes]:
         """Yield the ciphertexts of consecutive runs of 4096 slots, the last one padded with zeros."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quorsum.crypto.checks import EXACT_TOLERANCE, check_context, check_update, check_weights
 from quorsum.crypto.suite import Blocks, Dialogue, Measured, Opened, RandomBytes, RoundContext, Site, Vector
-from quorsum.errors import CoordinatorFault, SiteFault, UsageError
+from quorsum.errors import CoordinatorFault, KeyMaterialError, SiteFault, UsageError
 
 __all__ = ["PLAIN_BLOCK", "PlainCoordinator", "PlainSite", "PlainUpload"]
 
@@ -50,6 +50,11 @@ class PlainSite:
     def key_id(self) -> str:
         """Empty: there is no key."""
         return ""
+
+    @property
+    def public_key(self) -> bytes:
+        """Empty: there is no key."""
+        return b""
 
     def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Write one update, shape (d,), as float32 blocks. The state is empty, no randomness is used.
@@ -87,6 +92,16 @@ class PlainCoordinator:
     def name(self) -> str:
         """Name of the suite and its parameters, equal at both ends."""
         return "plain/v1"
+
+    def adopt(self, public_key: bytes) -> PlainCoordinator:
+        """Itself: there is no key.
+
+        Raises:
+            KeyMaterialError: there is one all the same.
+        """
+        if public_key:
+            raise KeyMaterialError("unexpected-key", "the suite plain has no key, but a site sent one")
+        return self
 
     def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
         """Squared norm that opening alone may add to a sum: rounding in float64, as good as nothing."""

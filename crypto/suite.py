@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Generic, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +129,10 @@ class SiteSuite(Protocol):
     def key_id(self) -> str:
         """Public fingerprint of the key in use, empty for suites without a shared key."""
 
+    @property
+    def public_key(self) -> bytes:
+        """What the coordinator must have of the key, sent once per run; empty for suites without a shared key."""
+
     def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Seal one update, shape (d,), float32 or float64, finite.
 
@@ -155,6 +159,19 @@ class CoordinatorSuite(Protocol, Generic[Upload]):
     @property
     def name(self) -> str:
         """Name of the suite and its parameters, equal at both ends."""
+
+    def adopt(self, public_key: bytes) -> Self:
+        """The same suite with the sites' public key, which it gets once per run.
+
+        Raises:
+            KeyMaterialError: it is unusable, or holds a secret.
+        """
+
+    def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
+        """Squared norm that noise alone may add to an opened sum; for ``check_opened``."""
+
+    def ratio_tolerance(self, context: RoundContext) -> float:
+        """Largest ratio of opened to predicted squared norm that honest sites reach; for ``check_opened``."""
 
     def accept(self, context: RoundContext, site: Site, blocks: Blocks) -> Upload:
         """Check and decode one sealed update.

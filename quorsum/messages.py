@@ -70,7 +70,7 @@ class Hello(_Message):
 
 
 class Introduction(_Message):
-    """Site to coordinator: answer to :class:`Hello`."""
+    """Site to coordinator: answer to :class:`Hello`; the public key of its suite, if any, is in the blocks."""
 
     kind: Literal["introduction"] = "introduction"
     site: Name

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from quorsum.crypto.suite import Site
 
+from quorsum.crypto.suite import Site
 from quorsum.errors import SiteFault
 from quorsum.messages import MESSAGE_TYPE
 

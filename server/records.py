@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flwr.serverapp.strategy import Result
+
 from quorsum.crypto.suite import Site
 
 __all__ = ["QuorumResult", "RoundRecord"]

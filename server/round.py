@@ -27,15 +27,15 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
+
+from quorsum import arrays, messages
 from quorsum.aggregation import Rule, check_gram
 from quorsum.crypto.checks import check_opened
 from quorsum.crypto.dialogue import run_dialogue
 from quorsum.crypto.suite import Ask, Blocks, CoordinatorSuite, RandomBytes, RoundContext, Site
+from quorsum.errors import Refusal, RoundFailed, SiteFault
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import RoundRecord
-
-from quorsum import arrays, messages
-from quorsum.errors import Refusal, RoundFailed, SiteFault
 
 __all__ = ["Plan", "RoundOutcome", "expect", "play_round"]
 
@@ -329,11 +329,14 @@ def _open(
         matrix = np.stack([np.concatenate(uploads[site].blocks) for site in selection.kept])
         return plan.rule.aggregate(matrix, selection.tolerate)
     ask = _asker(plan, network, context, ledger, traffic)
-    opened = run_dialogue(plan.suite.combine(context, uploads, selection.weights, plan.random_bytes), ask)
+    # Only sites in good standing are asked to open.
+    standing = {site: uploads[site] for site in selection.kept}
+    opened = run_dialogue(plan.suite.combine(context, standing, selection.weights, plan.random_bytes), ask)
     # A site that lies while the sum is opened is outvoted; its own update was measured and selected before.
     ledger.notes.extend(str(fault) for fault in opened.faults.values())
     vector = np.array([selection.weights.get(site, 0.0) for site in selection.kept])
-    check_opened(opened.total, vector, selection.gram, floor=plan.suite.noise_floor(context, selection.weights))
+    tolerance, floor = plan.suite.ratio_tolerance(context), plan.suite.noise_floor(context, selection.weights)
+    check_opened(opened.total, vector, selection.gram, tolerance, floor)
     return opened.total
 
 

@@ -5,8 +5,8 @@ and works on the ``Grid`` inside, because a sealed round has more phases than Fl
 
 What it does in ``start``:
 
-1. **roster**: ask every connected node which suite and key it has. Nodes with another suite, or with another key
-   than most, are left out and named.
+1. **roster**: ask every connected node which suite it has, and for the public key of its suite: the one time that
+   key material travels. Nodes with another suite, or with another key than most, are left out and named.
 2. play the rounds (``round.py``), evaluating after each.
 """
 
@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+
+from quorsum import arrays, messages
 from quorsum.aggregation import parse_rule
 from quorsum.crypto.suite import CoordinatorSuite, RandomBytes, Site
+from quorsum.errors import BoundError, KeyMaterialError, RoundFailed, SiteFault, UsageError
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import QuorumResult, RoundRecord
 from quorsum.server.round import Plan, expect, play_round
-
-from quorsum import arrays, messages
-from quorsum.errors import BoundError, RoundFailed, SiteFault, UsageError
 
 __all__ = ["QuorumStrategy"]
 
@@ -116,12 +116,12 @@ class QuorumStrategy:
             RoundFailed: no usable site answered the roster call.
         """
         run = self.random_bytes(16).hex()
-        network, key_id, left_out = self._roster(grid, run, timeout)
+        network, (key_id, public_key), left_out = self._roster(grid, run, timeout)
         for fault in left_out:
             log.warning("left out: %s", fault)
         plan = Plan(
             run=run,
-            suite=self.suite,
+            suite=self.suite.adopt(public_key),
             key_id=key_id,
             rule=self.rule,
             tolerate=self._tolerance(len(network.nodes)),
@@ -151,43 +151,50 @@ class QuorumStrategy:
             self.on_round(record)
         return result
 
-    def _roster(self, grid: Grid, run: str, timeout: float) -> tuple[Network, str, list[SiteFault]]:
-        """Who takes part: names, nodes, the common key, and who was left out and why."""
+    def _roster(self, grid: Grid, run: str, timeout: float) -> tuple[Network, tuple[str, bytes], list[SiteFault]]:
+        """Who takes part: names and nodes, the key of most (fingerprint and public key), who was left out and why."""
         nodes = _wait_for_nodes(grid, self.min_available_nodes, timeout)
         labels = {f"node-{node}": node for node in nodes}
         hello = messages.pack(messages.Hello(run=run, suite=self.suite.name))
         introductions: dict[Site, messages.Introduction] = {}
+        keys: dict[Site, tuple[str, bytes]] = {}
         left_out: list[SiteFault] = []
         for label, reply in Network(grid, labels, timeout).exchange(dict.fromkeys(labels, hello), "roster", Traffic()):
             try:
                 if isinstance(reply, SiteFault):
                     raise reply
-                introduction, _ = expect(messages.Introduction, label, reply)
+                introduction, blocks = expect(messages.Introduction, label, reply)
                 if introduction.suite != self.suite.name:
                     raise SiteFault(label, "wrong-suite", f"uses suite {introduction.suite!r}, not {self.suite.name!r}")
+                public_key = b"".join(blocks)
+                # Refuses a key that is unusable, and one that would let the coordinator read updates.
+                self.suite.adopt(public_key)
                 introductions.setdefault(label, introduction)
+                keys.setdefault(label, (introduction.key_id, public_key))
             except SiteFault as fault:
                 left_out.append(fault)
+            except KeyMaterialError as error:
+                left_out.append(SiteFault(label, error.code, error.message))
         if not introductions:
             raise RoundFailed(
                 "no site answered the roster call in a usable way: " + "; ".join(str(fault) for fault in left_out),
                 {fault.site: fault for fault in left_out},
             )
         # Ties go to the smaller fingerprint, so that the choice does not depend on who answered first.
-        counts = Counter(introduction.key_id for introduction in introductions.values())
-        key_id = min(counts, key=lambda key: (-counts[key], key))
+        counts = Counter(keys.values())
+        common = min(counts, key=lambda key: (-counts[key], key))
         members: dict[Site, int] = {}
         for label in sorted(introductions, key=labels.__getitem__):
             introduction = introductions[label]
             # A name is a courtesy, not an identity: a second site with the same name is told apart by its node.
             name = introduction.site if introduction.site not in members else f"{introduction.site}#{labels[label]}"
-            if introduction.key_id != key_id:
+            if keys[label] != common:
                 left_out.append(SiteFault(name, "wrong-key", "holds another key than most sites"))
                 continue
             members[name] = labels[label]
         if self.reference is not None and self.reference not in members:
             raise UsageError(f"the reference site {self.reference!r} is not among {sorted(members)}")
-        return Network(grid, members, timeout), key_id, left_out
+        return Network(grid, members, timeout), common, left_out
 
     def _tolerance(self, sites: int) -> int:
         """F of this run.

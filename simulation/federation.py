@@ -20,14 +20,14 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
+
+from quorsum import arrays
 from quorsum.client import seal
 from quorsum.crypto.ckks_parameters import MAX_NORM
 from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite, Vector
 from quorsum.simulation.attacks import Attack, AttackView
 from quorsum.simulation.data import Dataset
 from quorsum.simulation.models import build_model, train_locally
-
-from quorsum import arrays
 
 __all__ = ["Training", "World", "client_app", "site_name"]
 
@@ -175,6 +175,7 @@ class AttackerSuite:
         self._nan = nan
         self.name = suite.name
         self.key_id = suite.key_id
+        self.public_key = suite.public_key
 
     def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Seal the update, cut to length; or send bare NaN."""

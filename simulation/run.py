@@ -17,9 +17,11 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+
 from quorsum.aggregation import parse_rule
 from quorsum.crypto import CkksCoordinator, CkksSite, CkksSiteKey, PlainCoordinator, PlainSite, generate_site_key
 from quorsum.crypto.suite import CoordinatorSuite, SiteSuite
+from quorsum.errors import BoundError, UsageError
 from quorsum.server import QuorumResult, QuorumStrategy, RoundRecord
 from quorsum.simulation.attacks import parse_attack
 from quorsum.simulation.data import Dataset, load_dataset
@@ -27,8 +29,6 @@ from quorsum.simulation.federation import Training, World, client_app, site_name
 from quorsum.simulation.grid import LocalGrid
 from quorsum.simulation.models import evaluate
 from quorsum.simulation.partition import partition
-
-from quorsum.errors import BoundError, UsageError
 
 __all__ = ["RUNTIMES", "SUITES", "Simulation", "simulate"]
 

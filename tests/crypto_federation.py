@@ -67,7 +67,7 @@ class Federation:
     updates: dict[str, np.ndarray]
     tamper: Tamper = lambda site, phase, blocks: blocks
     holders: dict[str, CkksSite] = field(default_factory=dict)
-    coordinator: CkksCoordinator = field(default_factory=CkksCoordinator)
+    coordinator: CkksCoordinator = field(default_factory=lambda: CkksCoordinator().adopt(shared_site().public_key))
     random_bytes: Callable[[int], bytes] = os.urandom
     received: list[bytes] = field(default_factory=list)
     asked: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)

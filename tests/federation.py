@@ -9,10 +9,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
-from quorsum.crypto.suite import RoundContext
-from quorsum.simulation.grid import LocalGrid
 
 from quorsum import messages
+from quorsum.crypto.suite import RoundContext
+from quorsum.simulation.grid import LocalGrid
 
 SITES = ("site-01", "site-02", "site-03", "site-04", "site-05")
 DIMENSION = 12

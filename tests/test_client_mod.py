@@ -10,12 +10,12 @@ import pytest
 from federation import DIMENSION, context, honest_update, learning_app, model, send, train_content
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+
+from quorsum import messages
 from quorsum.client import seal
 from quorsum.client.mod import clipped
 from quorsum.crypto.plain import PlainSite
 from quorsum.simulation.grid import LocalGrid
-
-from quorsum import messages
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_plain_message_never_gets_an_update(message_type: str) -> None:
 def test_evaluation_returns_numbers_only(grid: LocalGrid) -> None:
     content = RecordDict({"arrays": model(), "config": ConfigRecord({})})
     reply = send(grid, content, "evaluate").content
-    assert dict(reply["metrics"]) == {"accuracy": 0.5}
+    assert dict(reply["metrics"]) == {"num-examples": 7, "accuracy": 0.5}
     assert list(reply) == ["metrics"], "arrays in an evaluation reply stay at the site"
 
 

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from quorsum.crypto import CkksSiteKey
 
 from quorsum import __version__
+from quorsum.crypto import CkksSiteKey
 
 QUORSUM = Path(sys.executable).parent / "quorsum"
 

@@ -9,9 +9,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
-from quorsum.crypto.suite import RoundContext
 
 from quorsum import messages
+from quorsum.crypto.suite import RoundContext
 from quorsum.errors import Refusal
 
 CONTEXT = RoundContext("run", 3, 1, ("a", "b", "c"), 17, 1, 2.5, True, 4)

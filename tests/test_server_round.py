@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from federation import DIMENSION, honest_update, learning_app, model
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from quorsum.client import seal
-from quorsum.crypto.plain import PlainCoordinator, PlainSite
-from quorsum.server import QuorumResult, QuorumStrategy
-from quorsum.simulation.grid import Handler, LocalGrid
 
 from quorsum import messages
+from quorsum.client import seal
+from quorsum.crypto.plain import PlainCoordinator, PlainSite
 from quorsum.errors import BoundError, RoundFailed, UsageError
+from quorsum.server import QuorumResult, QuorumStrategy
+from quorsum.simulation.grid import Handler, LocalGrid
 
 HONEST = learning_app([seal(PlainSite())])
 BAD = "site-04"

@@ -7,6 +7,7 @@ import time
 
 from federation import learning_app
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+
 from quorsum.simulation.grid import LocalGrid
 
 

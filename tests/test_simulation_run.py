@@ -8,9 +8,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-from quorsum.simulation.run import Simulation, simulate
 
 from quorsum.errors import BoundError, UsageError
+from quorsum.simulation.run import Simulation, simulate
 
 BASE = Simulation(rounds=12)
 LOUD = ("sign-flip", "scaling", "gaussian", "nan")

@@ -2,8 +2,8 @@
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from quickstart.task import accuracy, load, new_model, train
 
+from quickstart.task import accuracy, load, new_model, train
 from quorsum.client import seal  # <- one line more
 
 app = ClientApp(mods=[seal()])  # <- one line changed

@@ -2,8 +2,8 @@
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from quickstart.task import new_model
 
+from quickstart.task import new_model
 from quorsum.crypto import CkksCoordinator
 from quorsum.server import QuorumStrategy  # <- was: from flwr.serverapp.strategy import FedAvg
 
