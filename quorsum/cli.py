@@ -1,7 +1,7 @@
 """The command line.
 
 stdout carries the result only (a table, or one JSON object with ``--json``); everything else goes to stderr as
-``quorsum: ...``. Exit status: 0 done, 1 checked and found bad, 2 could not tell, 64 wrong usage.
+``quorsum: ...``. Exit status: 0 done, 1 checked and found bad, 2 could not tell, 64 wrong usage, 130 interrupted.
 
 Heavy modules are imported inside the commands, so that ``quorsum --help`` is instant.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-EXIT_OK, EXIT_BAD, EXIT_UNKNOWN, EXIT_USAGE = 0, 1, 2, 64
+EXIT_OK, EXIT_BAD, EXIT_UNKNOWN, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 64, 130
 
 app = typer.Typer(
     name="quorsum",
@@ -52,8 +52,10 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     try:
-        status = app(args=arguments, prog_name="quorsum", standalone_mode=False)
-        return int(status or EXIT_OK)
+        status = int(app(args=arguments, prog_name="quorsum", standalone_mode=False) or EXIT_OK)
+        if status == EXIT_INTERRUPTED:
+            _complain("interrupted")
+        return status
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return EXIT_USAGE
@@ -68,7 +70,7 @@ def run(arguments: list[str]) -> int:
         return EXIT_UNKNOWN
     except (click.exceptions.Abort, KeyboardInterrupt):
         _complain("interrupted")
-        return EXIT_UNKNOWN
+        return EXIT_INTERRUPTED
 
 
 def _complain(text: str) -> None:
@@ -112,9 +114,9 @@ def simulate(
     clip: Annotated[
         bool, typer.Option("--clip/--no-clip", help="clip updates to the median norm of the round before")
     ] = False,
-    epochs: Annotated[int, typer.Option(help="local epochs per round")] = 2,
+    epochs: Annotated[int | None, typer.Option(help="local epochs per round (default: what suits the model)")] = None,
     batch_size: Annotated[int, typer.Option(help="rows per local step")] = 32,
-    lr: Annotated[float, typer.Option(help="local learning rate")] = 0.05,
+    lr: Annotated[float | None, typer.Option(help="local learning rate (default: what suits the model)")] = None,
     momentum: Annotated[float, typer.Option(help="local momentum")] = 0.9,
     seed: Annotated[int, typer.Option(help="decides data split, partition, who is poisoned, training")] = 1,
     runtime: Annotated[str, typer.Option(help="local (this process) or ray (Flower's simulation runtime)")] = "local",
@@ -226,25 +228,24 @@ def _simulate_with_progress(settings: Simulation) -> Result:
     """Simulate, with a bar on stderr and one line per finished round."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from quorsum.simulation.federation import World, site_name
+    from quorsum.simulation.federation import site_name
+    from quorsum.simulation.run import build_world
     from quorsum.simulation.run import simulate as run_simulation
 
-    poisoned: set[str] = set()
+    # What is wrong with the settings or the data is said before any display begins.
+    settings = settings.checked()
+    world = build_world(settings)
+    poisoned = {site_name(p) for p in world.poisoned}
+    for note in world.data.notes:
+        _complain(note)
+    _complain(
+        f"{settings.sites} sites train on {world.data.name}; poisoned: {', '.join(sorted(poisoned)) or 'nobody'} "
+        f"({settings.attack}); rule {settings.rule}, suite {settings.suite}"
+    )
     progress = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=say, transient=True,
+        TimeElapsedColumn(), console=say, transient=True, disable=not say.is_terminal,
     )  # fmt: skip
-
-    def on_start(world: World) -> None:
-        poisoned.update(site_name(p) for p in world.poisoned)
-        for note in world.data.notes:
-            progress.console.print(f"quorsum: {note}", markup=False)
-        names = ", ".join(sorted(poisoned)) or "nobody"
-        progress.console.print(
-            f"{settings.sites} sites train on {world.data.name}; poisoned: {names} ({settings.attack}); "
-            f"rule {settings.rule}, suite {settings.suite}",
-            markup=False,
-        )
 
     with progress:
         task = progress.add_task("starting", total=settings.rounds)
@@ -256,20 +257,19 @@ def _simulate_with_progress(settings: Simulation) -> Result:
             progress.console.print(_round_line(record, poisoned))
             progress.advance(task)
 
-        return run_simulation(settings, on_start=on_start, on_phase=on_phase, on_round=on_round)
+        return run_simulation(settings, world, on_phase=on_phase, on_round=on_round)
 
 
 def _round_line(record: RoundRecord, poisoned: set[str]) -> Any:
     from rich.text import Text
 
-    line = Text(f"round {record.round:3d}  accuracy {100 * record.metrics['accuracy']:5.1f} %  left out: ")
+    line = Text(f"round {record.round:3d}  accuracy {100 * record.metrics['accuracy']:5.1f} %  ")
     if record.failed:
         return line.append(record.failed, style="bold red")
-    parts = [
+    out = [
         Text(f"{site} ({record.codes[site]})", style="red" if site in poisoned else "yellow")
         for site in record.rejected
     ]
-    missed = [Text(f"{site} (poisoned, kept)", style="bold red") for site in record.accepted if site in poisoned]
-    return line.append_text(Text(", ").join(parts) if parts else Text("nobody")).append_text(
-        Text("  but ") + Text(", ").join(missed) if missed else Text("")
-    )
+    missed = [Text(site, style="bold red") for site in record.accepted if site in poisoned]
+    line.append("left out: ").append_text(Text(", ").join(out) if out else Text("nobody"))
+    return line.append("; missed: ").append_text(Text(", ").join(missed)) if missed else line

@@ -159,7 +159,8 @@ def _standardised(x: NDArray[np.float64], train: LabelArray) -> FloatArray:
     deviation = np.std(scaled[train], axis=0)
     # Below 1e-12 of its magnitude a column varies by rounding error only, which must not be blown up to 1.
     steady = np.where(deviation > 1e-12, deviation, 1.0)
-    return ((scaled - np.mean(scaled[train], axis=0)) / steady).astype(np.float32)
+    standardised: NDArray[np.float64] = (scaled - np.mean(scaled[train], axis=0)) / steady
+    return standardised.astype(np.float32)
 
 
 def _split_table(

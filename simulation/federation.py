@@ -39,11 +39,11 @@ def site_name(partition: int) -> str:
 
 @dataclass(frozen=True)
 class Training:
-    """How every site trains: plain SGD with momentum."""
+    """How every site trains: plain SGD with momentum; None takes what suits the model (see ``train_locally``)."""
 
-    epochs: int = 2
+    epochs: int | None = None
     batch_size: int = 32
-    lr: float = 0.05
+    lr: float | None = None
     momentum: float = 0.9
 
 

@@ -58,9 +58,9 @@ class Simulation:
         clip: whether sites clip their updates to the moving reference norm.
         seed: decides data split, partition, who is poisoned, initial model, training and attacks.
         runtime: ``"local"`` (threads of this process) or ``"ray"`` (Flower's simulation runtime).
-        epochs: local epochs per round.
+        epochs: local epochs per round; None takes what suits the model.
         batch_size: rows per step of local training.
-        lr: learning rate of local training.
+        lr: learning rate of local training; None takes what suits the model.
         momentum: momentum of local training.
         sketches: r, random sketches per round for the suites that sketch.
         timeout: seconds a site has for one reply.
@@ -79,9 +79,9 @@ class Simulation:
     clip: bool = False
     seed: int = 1
     runtime: str = "local"
-    epochs: int = 2
+    epochs: int | None = None
     batch_size: int = 32
-    lr: float = 0.05
+    lr: float | None = None
     momentum: float = 0.9
     sketches: int = 4
     timeout: float = 600.0
@@ -121,8 +121,8 @@ class Simulation:
 
 def simulate(
     settings: Simulation,
+    world: World | None = None,
     *,
-    on_start: Callable[[World], None] | None = None,
     on_phase: Callable[[int, str], None] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
 ) -> Result:
@@ -133,9 +133,7 @@ def simulate(
         DataError: the data file cannot be used.
     """
     settings = settings.checked()
-    world = build_world(settings)
-    if on_start:
-        on_start(world)
+    world = world or build_world(settings)
     key = generate_site_key(os.urandom) if settings.suite == "ckks" else None
     app = client_app(world, partial(_site_suite, key), os.urandom)
     coordinator: CoordinatorSuite[Any] = PlainCoordinator() if key is None else CkksCoordinator()
