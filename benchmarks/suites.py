@@ -170,10 +170,16 @@ def table(rows: list[dict[str, Any]], sites: int) -> Table:
         # What one federated average costs in wall time when the sites work side by side.
         whole = row["seal"] + coordinator + row["answer"]
         out.add_row(
-            row["suite"], f"{d:,}", f"{1e6 * row['seal'] / d:.3f} us/par", f"{coordinator:.2f} s", f"{row['answer']:.2f} s",
-            f"{whole / row['clear_average']:,.0f}x", f"{row['up'] / d:.1f} B/par", f"{row['down'] / d:.1f} B/par",
+            row["suite"],
+            f"{d:,}",
+            f"{1e6 * row['seal'] / d:.3f} us/par",
+            f"{coordinator:.2f} s",
+            f"{row['answer']:.2f} s",
+            f"{whole / row['clear_average']:,.0f}x",
+            f"{row['up'] / d:.1f} B/par",
+            f"{row['down'] / d:.1f} B/par",
             f"{100 * row['error']:.2g} %",
-        )  # fmt: skip
+        )
     return out
 
 

@@ -25,7 +25,7 @@ def take_round(state: RecordDict, context: RoundContext) -> None:
     """
     known = state.get(RECORD)
     if isinstance(known, ConfigRecord) and known["run"] == context.run:
-        last = (known["round"], known["attempt"])
+        last = (int(str(known["round"])), int(str(known["attempt"])))
         if (context.round, context.attempt) <= last:
             raise CoordinatorFault(
                 "replayed-round",

@@ -157,12 +157,14 @@ class SealingMod:
         ledger.remember(context.state, round_context, state)
         sealed = time.perf_counter()
 
-        metrics = {k: v for record in reply.metric_records.values() for k, v in record.items()}
+        metrics = {
+            k: float(v) for r in reply.metric_records.values() for k, v in r.items() if isinstance(v, int | float)
+        }
         submission = messages.Submission(
             context=round_context.digest().hex(),
             key_id=suite.key_id,
             examples=_count(metrics.get(EXAMPLES)),
-            metrics={name: float(value) for name in self.share_metrics if _is_number(value := metrics.get(name))},
+            metrics={name: metrics[name] for name in self.share_metrics if math.isfinite(metrics.get(name, math.nan))},
             train_seconds=trained - started,
             seal_seconds=sealed - trained,
         )
@@ -237,12 +239,10 @@ def _only_arrays(content: RecordDict) -> ArrayRecord:
 
 
 def _without_header(message: Message) -> Message:
-    return Message(metadata=message.metadata, content=messages.strip(message.content))  # type: ignore[call-overload]
+    # Flower offers no public way to a message with the same metadata and another content.
+    bare: Message = Message(metadata=message.metadata, content=messages.strip(message.content))  # type: ignore[call-overload]
+    return bare
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _count(value: object) -> int:
-    return int(value) if isinstance(value, int | float) and _is_number(value) and value >= 0 else 0
+def _count(value: float | None) -> int:
+    return int(value) if value is not None and math.isfinite(value) and value >= 0 else 0

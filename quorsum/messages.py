@@ -41,7 +41,6 @@ __all__ = [
     "unpack",
 ]
 
-PROTOCOL = 1
 HEADER = "quorsum"
 BLOCKS = "quorsum.blocks"
 RAW = "quorsum.raw"
@@ -58,7 +57,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    protocol: Literal[1] = PROTOCOL
+    protocol: Literal[1] = 1
 
 
 class Hello(_Message):

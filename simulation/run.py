@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecordValues, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -269,7 +269,7 @@ def _run_on_ray(run: Callable[[Grid], QuorumResult], app: ClientApp, sites: int)
     def main(grid: Grid, _: Any) -> None:
         outcomes.append(run(grid))
 
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    resources: dict[str, dict[str, ConfigRecordValues]] = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, app, sites, backend_config=resources)
     if not outcomes:
         raise UsageError("Flower's simulation ended without a result; its log says why")

@@ -12,7 +12,7 @@ import pytest
 from quorsum.errors import BoundError, UsageError
 from quorsum.simulation.run import Simulation, simulate
 
-BASE = Simulation(rounds=12)
+BASE = Simulation(rounds=8)
 LOUD = ("sign-flip", "scaling", "gaussian", "nan")
 
 
