@@ -8,8 +8,8 @@ from quorsum.simulation.run import Simulation
 
 __all__ = ["demo_runs"]
 
-# Two attacks of opposite kinds: one loud, one that stays inside the spread of the honest updates.
-ARMS = {"sign flip": "sign-flip", "a little is enough": "alie:z=1.5"}
+# Two attacks of opposite kinds: one loud; one ("a little is enough") inside the spread of the honest updates.
+ARMS = {"sign flip": "sign-flip", "ALIE": "alie:z=1.5"}
 
 
 def demo_runs(*, rounds: int, seed: int) -> list[tuple[str, Simulation]]:

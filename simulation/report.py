@@ -185,7 +185,7 @@ _STEPS = ("train", "seal", "geometry", "open", "total")
 
 
 def comparison_table(results: Labelled) -> Table:
-    """One row a simulation: its label, rule, suite, attack, accuracy and who was rejected.
+    """One row a simulation: its label, rule and suite, accuracy and who was rejected; narrow enough for 80 columns.
 
     Raises:
         UsageError: there are no results, or one has no rounds.
@@ -194,9 +194,8 @@ def comparison_table(results: Labelled) -> Table:
 
     _check_all(results)
     table = Table(title="comparison", title_justify="left")
-    table.add_column("run", style="bold")
-    for column in ("rule", "suite", "attack"):
-        table.add_column(column)
+    table.add_column("run", style="bold", no_wrap=True)
+    table.add_column("rule, suite", no_wrap=True)
     table.add_column("accuracy", justify="right", no_wrap=True)
     table.add_column("poisoned rejected", justify="right")
     table.add_column("honest rejected", justify="right")
@@ -204,9 +203,7 @@ def comparison_table(results: Labelled) -> Table:
         config = result["config"]
         table.add_row(
             label,
-            config["rule"],
-            config["suite"],
-            _attack_text(result),
+            f"{config['rule']}, {config['suite']}",
             f"{100.0 * result['final']['accuracy']:.1f} %",
             _poisoned_share(result),
             _honest_share(result),
