@@ -46,7 +46,7 @@ def suites(names: list[str]) -> dict[str, tuple[Any, Any]]:
             made[name] = (PlainSite(), PlainCoordinator())
         elif name == "ckks":
             site = CkksSite(generate_site_key(os.urandom))
-            made[name] = (site, CkksCoordinator().adopt(site.public_key))
+            made[name] = (site, CkksCoordinator().adopt({"site": (site.key_id, site.public_key)})[0])
     return made
 
 

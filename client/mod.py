@@ -141,7 +141,7 @@ class SealingMod:
         suite = self.suite(context)
         _same_suite(suite, request.suite)
         model = _only_arrays(message.content)
-        self._acceptable(round_context, request.site, arrays.dimension(model))
+        self._acceptable(round_context, request.site, model)
         ledger.take_round(context.state, round_context)
 
         started = time.perf_counter()
@@ -177,7 +177,7 @@ class SealingMod:
         ledger.remember(context.state, round_context, state)
         return messages.pack(messages.Answer(context=request.context, phase=request.phase), answer)
 
-    def _acceptable(self, round_context: RoundContext, site: str, dimension: int) -> None:
+    def _acceptable(self, round_context: RoundContext, site: str, model: ArrayRecord) -> None:
         sites = round_context.sites
         if site not in sites or list(sites) != sorted(set(sites)):
             raise CoordinatorFault("wrong-roster", "the roster is not sorted and unique, or does not hold this site")
@@ -189,10 +189,13 @@ class SealingMod:
             raise CoordinatorFault(
                 "wrong-bound", f"{len(sites)} sites cannot tolerate {round_context.tolerate} malicious ones"
             )
+        dimension = arrays.dimension(model)
         if round_context.dimension != dimension:
             raise CoordinatorFault(
                 "wrong-shape", f"the model has {dimension} parameters, the round says {round_context.dimension}"
             )
+        if round_context.model != arrays.fingerprint(model):
+            raise CoordinatorFault("wrong-model", "the model is not the one that the round is about")
 
     def _name(self, context: Context) -> str:
         config = context.node_config

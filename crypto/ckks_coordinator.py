@@ -46,7 +46,7 @@ from quorsum.crypto.flatten import flatten
 from quorsum.crypto.randomness import draw_signs
 from quorsum.crypto.suite import Ask, Blocks, Dialogue, Measured, Opened, RandomBytes, RoundContext, Site
 from quorsum.crypto.voting import Verdict, count_votes, read_ballots
-from quorsum.errors import RoundFailed, SiteFault, UsageError
+from quorsum.errors import KeyMaterialError, RoundFailed, SiteFault, UsageError
 
 __all__ = ["CkksCoordinator", "CkksUpload"]
 
@@ -81,17 +81,41 @@ class CkksCoordinator:
         """Name of the suite and its parameters, equal at both ends."""
         return "ckks/v1"
 
-    def adopt(self, public_key: bytes) -> CkksCoordinator:
-        """The coordinator with the sites' public key.
+    @property
+    def selects(self) -> bool:
+        """No: it takes any weights."""
+        return False
+
+    def adopt(
+        self, introduced: Mapping[Site, tuple[str, bytes]]
+    ) -> tuple[CkksCoordinator, Mapping[Site, KeyMaterialError]]:
+        """The coordinator with the key that most sites hold; ties go to the smaller fingerprint.
 
         Args:
-            public_key: ``CkksSite.public_key``.
+            introduced: each site's ``key_id`` and ``public_key``.
 
-        Raises:
-            KeyMaterialError: ``secret-key`` (it holds the secret too), ``no-public-key``, ``wrong-parameters``,
-                ``evaluation-keys`` or ``unreadable``.
+        Returns:
+            the coordinator, and the sites refused: ``wrong-key`` (another key than most), or a public key that is
+            ``secret-key`` (it holds the secret too), ``no-public-key``, ``wrong-parameters``, ``evaluation-keys`` or
+            ``unreadable``.
         """
-        return CkksCoordinator(check_public_context(public_key))
+        refused: dict[Site, KeyMaterialError] = {}
+        holders: dict[tuple[str, bytes], list[Site]] = {}
+        for site, (key_id, public_key) in introduced.items():
+            try:
+                holders.setdefault((key_id, check_public_context(public_key)), []).append(site)
+            except KeyMaterialError as error:
+                refused[site] = error
+        if not holders:
+            return self, refused
+        common = min(holders, key=lambda key: (-len(holders[key]), key))
+        foreign = KeyMaterialError("wrong-key", "it holds another key than most sites")
+        refused |= {site: foreign for key, sites in holders.items() if key != common for site in sites}
+        return CkksCoordinator(common[1]), refused
+
+    def prepare(self, context: RoundContext, random_bytes: RandomBytes) -> tuple[RoundContext, CkksCoordinator]:
+        """Nothing to prepare."""
+        return context, self
 
     def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
         """Squared norm that noise alone may add to an opened sum or take from the promised one.

@@ -81,6 +81,11 @@ class CkksSite:
         """The public half of the site key as a serialised context (393 kB); the coordinator gets it once per run."""
         return self._public
 
+    @property
+    def keeps_upload(self) -> bool:
+        """No."""
+        return False
+
     def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Encrypt one update, shape (d,), float32 or float64, finite, at most ``MAX_NORM`` units long.
 
@@ -115,7 +120,13 @@ class CkksSite:
             yield ciphertext_bytes(ts.ckks_vector(self._context, run.tolist()))
 
     def answer(
-        self, context: RoundContext, state: bytes, phase: str, question: Blocks, random_bytes: RandomBytes
+        self,
+        context: RoundContext,
+        state: bytes,
+        phase: str,
+        question: Blocks,
+        random_bytes: RandomBytes,
+        upload: Blocks = (),
     ) -> tuple[bytes, Blocks]:
         """Answer the question ``gram`` or ``sum``, each once per sealed update.
 

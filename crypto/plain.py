@@ -56,6 +56,11 @@ class PlainSite:
         """Empty: there is no key."""
         return b""
 
+    @property
+    def keeps_upload(self) -> bool:
+        """No."""
+        return False
+
     def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Write one update, shape (d,), as float32 blocks. The state is empty, no randomness is used.
 
@@ -74,7 +79,13 @@ class PlainSite:
         return b"", tuple(blocks)
 
     def answer(
-        self, context: RoundContext, state: bytes, phase: str, question: Blocks, random_bytes: RandomBytes
+        self,
+        context: RoundContext,
+        state: bytes,
+        phase: str,
+        question: Blocks,
+        random_bytes: RandomBytes,
+        upload: Blocks = (),
     ) -> tuple[bytes, Blocks]:
         """Refuse: this suite has no questions.
 
@@ -93,15 +104,21 @@ class PlainCoordinator:
         """Name of the suite and its parameters, equal at both ends."""
         return "plain/v1"
 
-    def adopt(self, public_key: bytes) -> PlainCoordinator:
-        """Itself: there is no key.
+    @property
+    def selects(self) -> bool:
+        """No: it takes any weights."""
+        return False
 
-        Raises:
-            KeyMaterialError: there is one all the same.
-        """
-        if public_key:
-            raise KeyMaterialError("unexpected-key", "the suite plain has no key, but a site sent one")
-        return self
+    def adopt(
+        self, introduced: Mapping[Site, tuple[str, bytes]]
+    ) -> tuple[PlainCoordinator, Mapping[Site, KeyMaterialError]]:
+        """Itself: there are no keys. Sites that bring one all the same are refused."""
+        reason = KeyMaterialError("unexpected-key", "the suite plain has no key, but the site brought one")
+        return self, {site: reason for site, key in introduced.items() if key != ("", b"")}
+
+    def prepare(self, context: RoundContext, random_bytes: RandomBytes) -> tuple[RoundContext, PlainCoordinator]:
+        """Nothing to prepare."""
+        return context, self
 
     def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
         """Squared norm that opening alone may add to a sum: rounding in float64, as good as nothing."""

@@ -24,7 +24,7 @@ from typing import Generic, Protocol, Self, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from quorsum.errors import SiteFault
+from quorsum.errors import KeyMaterialError, SiteFault
 
 Site: TypeAlias = str
 """Identifier of a site, unique in its federation."""
@@ -53,6 +53,11 @@ class RoundContext:
             honest sites also clip their update to this norm.
         clip: whether updates longer than ``unit`` are clipped to it.
         sketches: r, number of random sketches from which the Gram matrix is measured.
+        collude: tau, how many sites may pool what they know with a malicious coordinator.
+        rule: name of the robust rule, so that sites can repeat the selection where the suite lets them.
+        model: SHA-256 of the model that is trained from, in hexadecimal digits.
+        keys: each site's public key, in the order of ``sites``, in hexadecimal digits; empty where sites have none.
+        commitment: what the coordinator has committed itself to for this round, in hexadecimal digits; may be empty.
     """
 
     run: str
@@ -64,6 +69,11 @@ class RoundContext:
     unit: float
     clip: bool = False
     sketches: int = 4
+    collude: int = 1
+    rule: str = ""
+    model: str = ""
+    keys: tuple[str, ...] = ()
+    commitment: str = ""
 
     def digest(self) -> bytes:
         """SHA-256 over a canonical encoding (JSON with sorted keys, shortest float form)."""
@@ -92,11 +102,13 @@ class Measured:
         sites: which sites the rows belong to, in order.
         gram: float64, shape (m, m), symmetric, in the squared units of the updates.
         faults: sites that misbehaved while it was opened, with what they did.
+        tolerate: how many of these sites may still be malicious, where the suite can tell; else None.
     """
 
     sites: tuple[Site, ...]
     gram: NDArray[np.float64]
     faults: Mapping[Site, SiteFault] = field(default_factory=dict)
+    tolerate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,10 @@ class SiteSuite(Protocol):
     def public_key(self) -> bytes:
         """What the coordinator must have of the key, sent once per run; empty for suites without a shared key."""
 
+    @property
+    def keeps_upload(self) -> bool:
+        """Whether the site must keep the blocks that it sent, because ``answer`` takes them as its last argument."""
+
     def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Seal one update, shape (d,), float32 or float64, finite.
 
@@ -144,7 +160,13 @@ class SiteSuite(Protocol):
         """
 
     def answer(
-        self, context: RoundContext, state: bytes, phase: str, question: Blocks, random_bytes: RandomBytes
+        self,
+        context: RoundContext,
+        state: bytes,
+        phase: str,
+        question: Blocks,
+        random_bytes: RandomBytes,
+        upload: Blocks = (),
     ) -> tuple[bytes, Blocks]:
         """Answer one question of the coordinator about the round the state belongs to.
 
@@ -160,12 +182,22 @@ class CoordinatorSuite(Protocol, Generic[Upload]):
     def name(self) -> str:
         """Name of the suite and its parameters, equal at both ends."""
 
-    def adopt(self, public_key: bytes) -> Self:
-        """The same suite with the sites' public key, which it gets once per run.
+    @property
+    def selects(self) -> bool:
+        """Whether it combines a set of updates with equal weights only, and sites repeat the selection."""
 
-        Raises:
-            KeyMaterialError: it is unusable, or holds a secret.
+    def adopt(self, introduced: Mapping[Site, tuple[str, bytes]]) -> tuple[Self, Mapping[Site, KeyMaterialError]]:
+        """The same suite with the keys that sites introduced themselves with, which it gets once per run.
+
+        Args:
+            introduced: each site's ``key_id`` and ``public_key``.
+
+        Returns:
+            the suite, and which sites cannot take part, with the reason.
         """
+
+    def prepare(self, context: RoundContext, random_bytes: RandomBytes) -> tuple[RoundContext, Self]:
+        """The context of a round with what the suite adds to it, and the suite for this round alone."""
 
     def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
         """Squared norm that noise alone may add to an opened sum; for ``check_opened``."""

@@ -7,13 +7,16 @@ when the mean is applied.
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from quorsum.errors import Refusal
 
-__all__ = ["apply_update", "difference", "dimension", "flatten"]
+__all__ = ["apply_update", "difference", "dimension", "fingerprint", "flatten"]
 
 
 def _numeric(name: str, array: Array) -> NDArray[np.generic]:
@@ -29,6 +32,17 @@ def _numeric(name: str, array: Array) -> NDArray[np.generic]:
 def dimension(arrays: ArrayRecord) -> int:
     """Number of parameters d of a model, from the shapes alone."""
     return sum(int(np.prod(array.shape, dtype=np.int64)) for array in arrays.values())
+
+
+def fingerprint(arrays: ArrayRecord) -> str:
+    """SHA-256 of a model, over the names, types, shapes and bytes of its arrays, in hexadecimal digits."""
+    digest = hashlib.sha256(b"quorsum/model/v1\x00")
+    for name, array in arrays.items():
+        head = json.dumps([name, array.dtype, list(array.shape), array.stype, len(array.data)]).encode()
+        digest.update(len(head).to_bytes(4, "little"))
+        digest.update(head)
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 def flatten(arrays: ArrayRecord) -> NDArray[np.float32]:

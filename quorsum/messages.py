@@ -89,35 +89,22 @@ class Context(_Message):
     unit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     clip: bool
     sketches: Annotated[int, Field(ge=1, le=64)]
+    collude: Annotated[int, Field(ge=0)]
+    rule: Text
+    model: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    keys: list[Annotated[str, Field(pattern=r"^[0-9a-f]{0,4096}$")]]
+    commitment: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 
     @classmethod
     def of(cls, context: RoundContext) -> Context:
         """The context as a message."""
-        return cls(
-            run=context.run,
-            round=context.round,
-            attempt=context.attempt,
-            sites=list(context.sites),
-            dimension=context.dimension,
-            tolerate=context.tolerate,
-            unit=context.unit,
-            clip=context.clip,
-            sketches=context.sketches,
-        )
+        fields = {**vars(context), "sites": list(context.sites), "keys": list(context.keys)}
+        return cls(**fields)
 
     def round_context(self) -> RoundContext:
         """The message as a context."""
-        return RoundContext(
-            run=self.run,
-            round=self.round,
-            attempt=self.attempt,
-            sites=tuple(self.sites),
-            dimension=self.dimension,
-            tolerate=self.tolerate,
-            unit=self.unit,
-            clip=self.clip,
-            sketches=self.sketches,
-        )
+        fields = self.model_dump(exclude={"protocol"})
+        return RoundContext(**{**fields, "sites": tuple(self.sites), "keys": tuple(self.keys)})
 
 
 class Train(_Message):

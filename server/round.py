@@ -21,7 +21,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,9 +52,10 @@ class Plan:
     Attributes:
         run: random identifier of the run.
         suite: the coordinator's end of the cipher suite.
-        key_id: fingerprint of the sites' key, empty for suites without one.
+        keys: each site's key as it was introduced: fingerprint and public key.
         rule: the robust rule.
         tolerate: f, number of malicious sites to tolerate.
+        collude: tau, number of sites that may pool what they know with a malicious coordinator.
         clip: whether sites clip to the reference norm.
         sketches: r, random sketches per round.
         reference: the site whose row serves rules that need a trusted reference.
@@ -64,9 +65,10 @@ class Plan:
 
     run: str
     suite: CoordinatorSuite[Any]
-    key_id: str
+    keys: Mapping[Site, tuple[str, bytes]]
     rule: Rule
     tolerate: int
+    collude: int
     clip: bool
     sketches: int
     reference: Site | None
@@ -129,7 +131,12 @@ def play_round(
         unit=unit,
         clip=plan.clip,
         sketches=plan.sketches,
+        collude=plan.collude,
+        rule=plan.rule.name,
+        model=arrays.fingerprint(model),
     )
+    context, suite = plan.suite.prepare(context, plan.random_bytes)
+    plan = replace(plan, suite=suite)
     ledger, traffic, seconds = _Ledger(), Traffic(), {"geometry": 0.0, "open": 0.0}
     weights: dict[Site, float] = {}
     failed: str | None = None
@@ -184,8 +191,8 @@ def _collect(
             submission, blocks = expect(messages.Submission, site, reply)
             if submission.context != context.digest().hex():
                 raise SiteFault(site, "wrong-round", "sealed for another round than the one it was asked for")
-            if submission.key_id != plan.key_id:
-                raise SiteFault(site, "wrong-key", "sealed with another key than the federation's")
+            if submission.key_id != plan.keys[site][0]:
+                raise SiteFault(site, "wrong-key", "sealed with another key than it introduced itself with")
             uploads[site] = plan.suite.accept(context, site, blocks)
             ledger.train_seconds[site] = submission.train_seconds
             ledger.seal_seconds[site] = submission.seal_seconds
@@ -265,7 +272,7 @@ def _select(
     rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]
     kept = tuple(measured.sites[row] for row in rows)
     gram = measured.gram[np.ix_(rows, rows)]
-    left = _enough(plan, context, len(kept), ledger)
+    left = _enough(plan, context, len(kept), ledger) if measured.tolerate is None else measured.tolerate
     return _Selection(kept, gram, _weights(plan, kept, gram, left, ledger), left)
 
 

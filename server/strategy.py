@@ -17,9 +17,8 @@ import math
 import os
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from flwr.serverapp import Grid
 from quorsum import arrays, messages
 from quorsum.aggregation import parse_rule
 from quorsum.crypto.suite import CoordinatorSuite, RandomBytes, Site
-from quorsum.errors import BoundError, KeyMaterialError, RoundFailed, SiteFault, UsageError
+from quorsum.errors import BoundError, RoundFailed, SiteFault, UsageError
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import QuorumResult, RoundRecord
 from quorsum.server.round import Plan, expect, play_round
@@ -45,6 +44,23 @@ NODE_PAUSE = 0.2
 EXAMPLES = "num-examples"
 
 
+@dataclass(frozen=True)
+class _Roster:
+    """Who takes part in a run.
+
+    Attributes:
+        network: the sites and the way to them.
+        suite: the suite with the keys of these sites.
+        keys: each site's ``key_id`` and ``public_key``.
+        left_out: who does not take part, and why.
+    """
+
+    network: Network
+    suite: CoordinatorSuite[Any]
+    keys: Mapping[Site, tuple[str, bytes]]
+    left_out: list[SiteFault]
+
+
 class QuorumStrategy:
     """Sealed, robust federated averaging.
 
@@ -52,6 +68,8 @@ class QuorumStrategy:
         suite: the coordinator's end of a cipher suite. It must match the sites'.
         rule: name of the robust rule, pre-aggregators first: ``"nnm+multi-krum"``, ``"mean"``, ...
         tolerate: f, how many sites may be malicious. None takes as many as the rule can with the sites present.
+        collude: tau, how many sites may pool what they know with a malicious coordinator, for suites that hide updates
+            from such a coordinator. None takes as many as ``tolerate``.
         min_available_nodes: how many nodes to wait for before the roster is taken.
         clip: whether sites clip their update to the reference norm C, which follows the median norm of accepted
             updates (at most a factor of two per round).
@@ -73,6 +91,7 @@ class QuorumStrategy:
         rule: str = "nnm+multi-krum",
         tolerate: int | None = None,
         min_available_nodes: int = 3,
+        collude: int | None = None,
         clip: bool = False,
         sketches: int = 4,
         reference: Site | None = None,
@@ -90,6 +109,7 @@ class QuorumStrategy:
         if self.rule.needs_reference and reference is None:
             raise UsageError(f"rule {rule!r} needs a reference: name a trusted site with reference=...")
         self.tolerate = tolerate
+        self.collude = collude
         self.min_available_nodes = min_available_nodes
         self.clip = clip
         self.sketches = sketches
@@ -116,15 +136,18 @@ class QuorumStrategy:
             RoundFailed: no usable site answered the roster call.
         """
         run = self.random_bytes(16).hex()
-        network, (key_id, public_key), left_out = self._roster(grid, run, timeout)
-        for fault in left_out:
+        roster = self._roster(grid, run, timeout)
+        network = roster.network
+        for fault in roster.left_out:
             log.warning("left out: %s", fault)
+        tolerate = self._tolerance(len(network.nodes))
         plan = Plan(
             run=run,
-            suite=self.suite.adopt(public_key),
-            key_id=key_id,
+            suite=roster.suite,
+            keys=roster.keys,
             rule=self.rule,
-            tolerate=self._tolerance(len(network.nodes)),
+            tolerate=tolerate,
+            collude=tolerate if self.collude is None else self.collude,
             clip=self.clip,
             sketches=self.sketches,
             reference=self.reference,
@@ -151,13 +174,12 @@ class QuorumStrategy:
             self.on_round(record)
         return result
 
-    def _roster(self, grid: Grid, run: str, timeout: float) -> tuple[Network, tuple[str, bytes], list[SiteFault]]:
-        """Who takes part: names and nodes, the key of most (fingerprint and public key), who was left out and why."""
+    def _roster(self, grid: Grid, run: str, timeout: float) -> _Roster:
+        """Who takes part, with which key, and who was left out and why."""
         nodes = _wait_for_nodes(grid, self.min_available_nodes, timeout)
         labels = {f"node-{node}": node for node in nodes}
         hello = messages.pack(messages.Hello(run=run, suite=self.suite.name))
-        introductions: dict[Site, messages.Introduction] = {}
-        keys: dict[Site, tuple[str, bytes]] = {}
+        introductions: dict[str, tuple[messages.Introduction, bytes]] = {}
         left_out: list[SiteFault] = []
         for label, reply in Network(grid, labels, timeout).exchange(dict.fromkeys(labels, hello), "roster", Traffic()):
             try:
@@ -166,35 +188,29 @@ class QuorumStrategy:
                 introduction, blocks = expect(messages.Introduction, label, reply)
                 if introduction.suite != self.suite.name:
                     raise SiteFault(label, "wrong-suite", f"uses suite {introduction.suite!r}, not {self.suite.name!r}")
-                public_key = b"".join(blocks)
-                # Refuses a key that is unusable, and one that would let the coordinator read updates.
-                self.suite.adopt(public_key)
-                introductions.setdefault(label, introduction)
-                keys.setdefault(label, (introduction.key_id, public_key))
+                introductions.setdefault(label, (introduction, b"".join(blocks)))
             except SiteFault as fault:
                 left_out.append(fault)
-            except KeyMaterialError as error:
-                left_out.append(SiteFault(label, error.code, error.message))
-        if not introductions:
+        # A name is a courtesy, not an identity: a second site with the same name is told apart by its node.
+        members: dict[Site, int] = {}
+        introduced: dict[Site, tuple[str, bytes]] = {}
+        for label in sorted(introductions, key=labels.__getitem__):
+            introduction, public_key = introductions[label]
+            name = introduction.site if introduction.site not in members else f"{introduction.site}#{labels[label]}"
+            members[name] = labels[label]
+            introduced[name] = (introduction.key_id, public_key)
+        suite, refused = self.suite.adopt(introduced)
+        left_out += [SiteFault(name, error.code, error.message) for name, error in refused.items()]
+        members = {name: node for name, node in members.items() if name not in refused}
+        if not members:
             raise RoundFailed(
                 "no site answered the roster call in a usable way: " + "; ".join(str(fault) for fault in left_out),
                 {fault.site: fault for fault in left_out},
             )
-        # Ties go to the smaller fingerprint, so that the choice does not depend on who answered first.
-        counts = Counter(keys.values())
-        common = min(counts, key=lambda key: (-counts[key], key))
-        members: dict[Site, int] = {}
-        for label in sorted(introductions, key=labels.__getitem__):
-            introduction = introductions[label]
-            # A name is a courtesy, not an identity: a second site with the same name is told apart by its node.
-            name = introduction.site if introduction.site not in members else f"{introduction.site}#{labels[label]}"
-            if keys[label] != common:
-                left_out.append(SiteFault(name, "wrong-key", "holds another key than most sites"))
-                continue
-            members[name] = labels[label]
         if self.reference is not None and self.reference not in members:
             raise UsageError(f"the reference site {self.reference!r} is not among {sorted(members)}")
-        return Network(grid, members, timeout), common, left_out
+        keys = {name: introduced[name] for name in members}
+        return _Roster(Network(grid, members, timeout), suite, keys, left_out)
 
     def _tolerance(self, sites: int) -> int:
         """F of this run.

@@ -176,6 +176,7 @@ class AttackerSuite:
         self.name = suite.name
         self.key_id = suite.key_id
         self.public_key = suite.public_key
+        self.keeps_upload = suite.keeps_upload
 
     def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Seal the update, cut to length; or send bare NaN."""
@@ -185,10 +186,16 @@ class AttackerSuite:
         return self._suite.seal(context, update * (longest / norm) if norm > longest else update, random_bytes)
 
     def answer(
-        self, context: RoundContext, state: bytes, phase: str, question: Blocks, random_bytes: RandomBytes
+        self,
+        context: RoundContext,
+        state: bytes,
+        phase: str,
+        question: Blocks,
+        random_bytes: RandomBytes,
+        upload: Blocks = (),
     ) -> tuple[bytes, Blocks]:
         """Answer as the honest suite does."""
-        return self._suite.answer(context, state, phase, question, random_bytes)
+        return self._suite.answer(context, state, phase, question, random_bytes, upload)
 
 
 def _partition(context: Context) -> int:

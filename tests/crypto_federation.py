@@ -31,6 +31,13 @@ def shared_site() -> CkksSite:
     return CkksSite(generate_site_key(os.urandom))
 
 
+def adopted(site: CkksSite) -> CkksCoordinator:
+    """A coordinator with the key of this site."""
+    coordinator, refused = CkksCoordinator().adopt({"s0": (site.key_id, site.public_key)})
+    assert not refused
+    return coordinator
+
+
 @cache
 def other_site() -> CkksSite:
     """A site with another key."""
@@ -67,7 +74,7 @@ class Federation:
     updates: dict[str, np.ndarray]
     tamper: Tamper = lambda site, phase, blocks: blocks
     holders: dict[str, CkksSite] = field(default_factory=dict)
-    coordinator: CkksCoordinator = field(default_factory=lambda: CkksCoordinator().adopt(shared_site().public_key))
+    coordinator: CkksCoordinator = field(default_factory=lambda: adopted(shared_site()))
     random_bytes: Callable[[int], bytes] = os.urandom
     received: list[bytes] = field(default_factory=list)
     asked: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 
-from quorsum import messages
+from quorsum import arrays, messages
 from quorsum.crypto.suite import RoundContext
 from quorsum.simulation.grid import LocalGrid
 
@@ -35,6 +35,7 @@ def context(number: int = 1, **changes: Any) -> RoundContext:
         "unit": 1.0,
         "clip": False,
         "sketches": 4,
+        "model": arrays.fingerprint(model()),
     }
     return RoundContext(**(fields | changes))
 

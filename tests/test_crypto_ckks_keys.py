@@ -5,13 +5,14 @@ import os
 import numpy as np
 import pytest
 import tenseal as ts
-from crypto_federation import Federation, context_for, other_site, shared_site, updates_for
+from crypto_federation import Federation, adopted, context_for, other_site, shared_site, updates_for
 
 from quorsum.crypto import CkksCoordinator, CkksSite, CkksSiteKey, generate_site_key
 from quorsum.crypto.ckks_wire import context_bytes, load_context, new_context, parameters_only
 from quorsum.errors import KeyMaterialError, UsageError
 
-KEY = shared_site().key
+SITE = shared_site()
+KEY = SITE.key
 BARE = {"save_relin_keys": False, "save_galois_keys": False}
 
 
@@ -39,7 +40,7 @@ def test_nothing_secret_shows():
         assert KEY.flooding.hex() not in text
         assert repr(KEY.flooding) not in text
         assert len(text) < 120
-    assert len(repr(CkksCoordinator().adopt(KEY.public_context()))) < 120
+    assert len(repr(adopted(SITE))) < 120
 
 
 @pytest.mark.parametrize(
@@ -113,37 +114,46 @@ def test_other_parameters(changes):
     with pytest.raises(KeyMaterialError) as caught:
         CkksSiteKey(private, KEY.flooding)
     assert caught.value.code == "wrong-parameters"
-    with pytest.raises(KeyMaterialError) as caught:
-        CkksCoordinator().adopt(public)
-    assert caught.value.code == "wrong-parameters"
+    assert refused(public).code == "wrong-parameters"
 
 
 def test_a_coordinator_refuses_the_secret_key():
-    with pytest.raises(KeyMaterialError, match="could read every update") as caught:
-        CkksCoordinator().adopt(KEY.context)
-    assert caught.value.code == "secret-key"
+    assert refused(KEY.context).code == "secret-key"
+    assert "could read every update" in refused(KEY.context).message
 
 
 def test_a_coordinator_refuses_evaluation_keys():
     context = new_context()
     context.generate_relin_keys()
     data = context.serialize(save_public_key=True, save_secret_key=False, save_relin_keys=True, save_galois_keys=False)
-    with pytest.raises(KeyMaterialError) as caught:
-        CkksCoordinator().adopt(data)
-    assert caught.value.code == "evaluation-keys"
+    assert refused(data).code == "evaluation-keys"
+
+
+def refused(public_key: bytes) -> KeyMaterialError:
+    coordinator, left_out = CkksCoordinator().adopt({"s0": ("id", public_key)})
+    assert coordinator == CkksCoordinator()
+    return left_out["s0"]
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", KEY.public_context()[:1000]], ids=["empty", "garbage", "cut"])
 def test_a_coordinator_refuses_unreadable_contexts(data):
-    with pytest.raises(KeyMaterialError):
-        CkksCoordinator().adopt(data)
+    assert refused(data).code == "unreadable"
 
 
 def test_a_coordinator_refuses_a_context_without_the_public_key():
     assert len(parameters_only()) < 100
-    with pytest.raises(KeyMaterialError) as caught:
-        CkksCoordinator().adopt(parameters_only())
-    assert caught.value.code == "no-public-key"
+    assert refused(parameters_only()).code == "no-public-key"
+
+
+def test_a_coordinator_takes_the_key_of_most_and_names_the_others():
+    other = other_site()
+    brought = dict.fromkeys(("a", "c"), (SITE.key_id, SITE.public_key)) | {"b": (other.key_id, other.public_key)}
+    coordinator, left_out = CkksCoordinator().adopt(brought)
+    assert coordinator == adopted(SITE)
+    assert {name: error.code for name, error in left_out.items()} == {"b": "wrong-key"}
+    # The same public key with another flooding secret is another key too: its answers would not fit.
+    _, left_out = CkksCoordinator().adopt(brought | {"b": ("feed", SITE.public_key)})
+    assert list(left_out) == ["b"]
 
 
 def test_public_contexts_hold_no_secret():
