@@ -20,6 +20,7 @@ from quorsum.aggregation.errors import (
     UnknownRuleError,
 )
 from quorsum.aggregation.gram import gram_matrix, mix, squared_distances
+from quorsum.aggregation.judge import Judgement, judge, norm_gate
 from quorsum.aggregation.mixing import arc_matrix, bucketing_matrix, clip_matrix, nnm_matrix
 from quorsum.aggregation.rules import (
     centred_clipping,
@@ -42,6 +43,7 @@ __all__ = [
     "Code",
     "Finding",
     "GramReport",
+    "Judgement",
     "NoConvergenceError",
     "NoTrustError",
     "NonFiniteError",
@@ -60,6 +62,7 @@ __all__ = [
     "fltrust",
     "geometric_median",
     "gram_matrix",
+    "judge",
     "known_rules",
     "krum",
     "krum_scores",
@@ -69,6 +72,7 @@ __all__ = [
     "monna",
     "multi_krum",
     "nnm_matrix",
+    "norm_gate",
     "parse_rule",
     "select",
     "spectral",

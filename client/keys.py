@@ -12,9 +12,10 @@ from flwr.app import Context
 from quorsum.crypto import CkksSite, CkksSiteKey
 from quorsum.errors import KeyMaterialError
 
-__all__ = ["NODE_CONFIG_KEY", "configured_suite", "load_site_key"]
+__all__ = ["HOME", "NODE_CONFIG_KEY", "configured_suite", "load_site_key"]
 
 NODE_CONFIG_KEY = "quorsum-key"
+HOME = "quorsum-home"
 
 
 def load_site_key(path: Path) -> CkksSiteKey:

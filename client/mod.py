@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from quorsum import arrays, messages
 from quorsum.client import ledger
-from quorsum.client.keys import configured_suite
+from quorsum.client.keys import HOME, configured_suite
 from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite
 from quorsum.errors import CoordinatorFault, KeyMaterialError, Refusal, UsageError
 
@@ -48,6 +49,7 @@ def seal(
     site: str | None = None,
     share_metrics: Sequence[str] = (),
     minimum_sites: int = 3,
+    home: Path | None = None,
     random_bytes: RandomBytes = os.urandom,
 ) -> Mod:
     """A Flower mod that seals what a ClientApp trained.
@@ -59,9 +61,11 @@ def seal(
         share_metrics: names of the app's training metrics that may travel in the clear. The number of examples
             always does.
         minimum_sites: the smallest round this site takes part in; a mean over fewer sites would show too much.
+        home: folder for the site's records; without it ``quorsum-home`` of the node's config, else they are kept in the
+            memory of the node.
         random_bytes: source of randomness; leave the operating system's in production.
     """
-    return SealingMod(suite, site, tuple(share_metrics), minimum_sites, random_bytes)
+    return SealingMod(suite, site, tuple(share_metrics), minimum_sites, home, random_bytes)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class SealingMod:
     site: str | None = None
     share_metrics: tuple[str, ...] = ()
     minimum_sites: int = 3
+    home: Path | None = None
     random_bytes: RandomBytes = field(default=os.urandom, repr=False)
     # Made when first needed, so that the mod itself can be sent to another process.
     _suites: dict[int, SiteSuite] = field(default_factory=dict, repr=False, compare=False)
@@ -81,12 +86,7 @@ class SealingMod:
         if not callable(self.source):
             return self.source
         if context.node_id not in self._suites:
-            try:
-                self._suites[context.node_id] = self.source(context)
-            except KeyMaterialError as error:
-                # Names a path of this site: it goes into the site's log only.
-                log.error("%s", error)
-                raise Refusal(error.code, "this site's key cannot be used; its own log says why") from None
+            self._suites[context.node_id] = self.source(context)
         return self._suites[context.node_id]
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -96,9 +96,17 @@ class SealingMod:
                 content = self._dispatch(message, context, call_next)
             else:
                 content = self._plain(message, context, call_next)
+        except KeyMaterialError as error:
+            # Names files of this site: it goes into the site's log only.
+            log.error("%s", error)
+            content = _fault(error.code, "this site's key or records cannot be used; its own log says why")
         except Refusal as refusal:
             log.warning("refused %s: %s", message.metadata.message_type, refusal)
-            content = messages.pack(messages.Fault(code=refusal.code, message=refusal.message))
+            content = _fault(refusal.code, refusal.message)
+        except Exception:
+            # Flower would send the text of the error to the coordinator.
+            log.exception("an error in the site's own software")
+            content = _fault("site-error", "an error in the site's own software; its own log says which")
         return Message(content, reply_to=message)
 
     def _dispatch(self, message: Message, context: Context, call_next: ClientAppCallable) -> RecordDict:
@@ -142,7 +150,8 @@ class SealingMod:
         _same_suite(suite, request.suite)
         model = _only_arrays(message.content)
         self._acceptable(round_context, request.site, model)
-        ledger.take_round(context.state, round_context)
+        book = self._ledger(context)
+        ledger.take_round(book, round_context)
 
         started = time.perf_counter()
         reply = _run_app(call_next, _without_header(message), context, "training-failed")
@@ -154,7 +163,7 @@ class SealingMod:
             # The suite's words name norms and positions of this site's data; they stay in its own log.
             log.warning("round %d: cannot seal: %s", round_context.round, error)
             raise Refusal("not-sealable", "the site's update cannot be sealed (not finite or out of range)") from error
-        ledger.remember(context.state, round_context, state)
+        ledger.remember(book, round_context, state, blocks if suite.keeps_upload else None)
         sealed = time.perf_counter()
 
         metrics = {
@@ -171,11 +180,17 @@ class SealingMod:
         return messages.pack(submission, blocks)
 
     def _answer(self, request: messages.Question, blocks: Blocks, context: Context) -> RecordDict:
-        round_context, state = ledger.recall(context.state, request.context)
-        state, answer = self.suite(context).answer(round_context, state, request.phase, blocks, self.random_bytes)
+        suite, book = self.suite(context), self._ledger(context)
+        round_context, state = ledger.recall(book, request.context)
+        upload = book.read_upload() if suite.keeps_upload else ()
+        state, answer = suite.answer(round_context, state, request.phase, blocks, self.random_bytes, upload)
         # Saved before the answer leaves: what was answered must not be forgotten.
-        ledger.remember(context.state, round_context, state)
+        ledger.remember(book, round_context, state)
         return messages.pack(messages.Answer(context=request.context, phase=request.phase), answer)
+
+    def _ledger(self, context: Context) -> ledger.Ledger:
+        folder = self.home or context.node_config.get(HOME)
+        return ledger.StateLedger(context.state) if folder is None else ledger.FolderLedger(Path(str(folder)))
 
     def _acceptable(self, round_context: RoundContext, site: str, model: ArrayRecord) -> None:
         sites = round_context.sites
@@ -206,6 +221,10 @@ class SealingMod:
         if "partition-id" in config:
             return f"site-{int(config['partition-id']) + 1:02d}"
         return f"node-{context.node_id}"
+
+
+def _fault(code: str, message: str) -> RecordDict:
+    return messages.pack(messages.Fault(code=code, message=message))
 
 
 def _same_suite(suite: SiteSuite, asked: str) -> None:

@@ -318,7 +318,7 @@ def _vote(voters: list[Site], answers: Mapping[Site, Blocks], count: int, dtype:
     """Count the answers of ``voters``; the verdict's faults include the silent and the unreadable."""
     ballot = read_ballots({site: answers[site] for site in voters if site in answers}, count, dtype)
     known = {
-        **{s: SiteFault(s, "silent", "it gave no answer") for s in voters if s not in answers},
+        **{s: SiteFault(s, "silent", "it gave no answer", proven=False) for s in voters if s not in answers},
         **ballot.faults,
     }
     verdict = count_votes(ballot.answers, tolerate, known)

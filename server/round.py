@@ -29,20 +29,15 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from quorsum import arrays, messages
-from quorsum.aggregation import Rule, check_gram
+from quorsum.aggregation import Judgement, Rule, check_gram, judge, norm_gate
 from quorsum.crypto.checks import check_opened
 from quorsum.crypto.dialogue import run_dialogue
 from quorsum.crypto.suite import Ask, Blocks, CoordinatorSuite, RandomBytes, RoundContext, Site
-from quorsum.errors import Refusal, RoundFailed, SiteFault
+from quorsum.errors import BoundError, Refusal, RoundFailed, SiteFault
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import RoundRecord
 
 __all__ = ["Plan", "RoundOutcome", "expect", "play_round"]
-
-# Without clipping there is no norm an honest update must keep; beyond this many reference norms no suite carries it.
-UNCLIPPED_GATE = 64.0
-# Sites clip in float32 and suites round: the norm gate leaves that much room.
-CLIP_SLACK = 1.05
 
 
 @dataclass(frozen=True)
@@ -264,42 +259,71 @@ def _select(
     ask = _asker(plan, network, context, ledger, traffic)
     measured = run_dialogue(plan.suite.measure(context, uploads, plan.random_bytes), ask)
     for fault in measured.faults.values():
-        ledger.blame(fault)
-
-    gate = CLIP_SLACK * context.unit * (1.0 if context.clip else UNCLIPPED_GATE)
-    for row, finding in check_gram(measured.gram, context.tolerate, norm_bound=gate).items():
-        ledger.blame(SiteFault(measured.sites[row], finding.code, finding.reason))
-    rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]
-    kept = tuple(measured.sites[row] for row in rows)
-    gram = measured.gram[np.ix_(rows, rows)]
-    left = _enough(plan, context, len(kept), ledger) if measured.tolerate is None else measured.tolerate
-    return _Selection(kept, gram, _weights(plan, kept, gram, left, ledger), left)
-
-
-def _weights(
-    plan: Plan, kept: tuple[Site, ...], gram: NDArray[np.float64], left: int, ledger: _Ledger
-) -> dict[Site, float]:
-    """What the rule says of the rows it is shown; sites of weight zero are left out."""
-    if plan.rule.needs == "updates":
-        # A rule on single coordinates has no weight per site; see _open.
-        return dict.fromkeys(kept, 1 / len(kept))
-    if plan.reference is not None and plan.reference not in kept:
-        raise RoundFailed(f"the reference site {plan.reference} has no usable update in this round", _faults(ledger))
-    reference = None if plan.reference is None else kept.index(plan.reference)
-    generator = np.random.default_rng(int.from_bytes(plan.random_bytes(16), "little"))
-    outcome = plan.rule.apply(gram, left, rng=generator, reference=reference)
-    weights = {site: float(w) for site, w in zip(kept, outcome.weights, strict=True) if w != 0.0}
-    for site, score in zip(kept, outcome.scores, strict=True):
-        if site in weights:
-            continue
-        if site == plan.reference:
-            ledger.blame(SiteFault(site, "reference", "served as the reference, not as a voice", proven=False))
+        if plan.suite.selects and fault.site in measured.sites:
+            # The sites repeat the selection from the opened matrix alone; whoever has a row in it keeps it.
+            ledger.notes.append(str(fault))
         else:
-            sentence = f"left out by {plan.rule.name} with score {score:.3g}"
-            ledger.blame(SiteFault(site, "rule", sentence, proven=False))
+            ledger.blame(fault)
+    rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]
+    sites = tuple(measured.sites[row] for row in rows)
+    gram = measured.gram[np.ix_(rows, rows)]
+    proven = sum(fault.proven for fault in ledger.faults.values())
+    if measured.tolerate is not None:
+        proven = plan.tolerate - measured.tolerate
+    if plan.rule.needs == "updates":
+        return _coordinates(plan, context, sites, gram, ledger)
+    if plan.reference is not None and plan.reference not in sites:
+        raise RoundFailed(f"the reference site {plan.reference} has no usable update in this round", _faults(ledger))
+    try:
+        verdict = judge(
+            gram,
+            plan.rule,
+            plan.tolerate,
+            norm_bound=norm_gate(context.unit, context.clip),
+            proven=proven,
+            equal=plan.suite.selects,
+            rng=np.random.default_rng(int.from_bytes(plan.random_bytes(16), "little")),
+            reference=None if plan.reference is None else sites.index(plan.reference),
+        )
+    except BoundError as error:
+        raise RoundFailed(f"{error}; the model stays as it was", _faults(ledger)) from error
+    _blame_rows(sites, verdict, plan, ledger)
+    weights = {site: float(w) for site, w in zip(sites, verdict.weights, strict=True) if w != 0.0}
     if not weights:
         raise RoundFailed(f"{plan.rule.name} kept no site; the model stays as it was", _faults(ledger))
-    return weights
+    index = list(verdict.rows)
+    kept = tuple(sites[row] for row in index)
+    return _Selection(kept, gram[np.ix_(index, index)], weights, verdict.tolerate)
+
+
+def _coordinates(
+    plan: Plan,
+    context: RoundContext,
+    sites: tuple[Site, ...],
+    gram: NDArray[np.float64],
+    ledger: _Ledger,
+) -> _Selection:
+    """For rules that work on single coordinates: no weights, only rows that cannot be honest are taken out."""
+    findings = check_gram(gram, plan.tolerate, norm_bound=norm_gate(context.unit, context.clip))
+    for row, finding in findings.items():
+        ledger.blame(SiteFault(sites[row], finding.code, finding.reason))
+    index = list(findings.remaining)
+    kept = tuple(sites[row] for row in index)
+    left = _enough(plan, context, len(kept), ledger)
+    return _Selection(kept, gram[np.ix_(index, index)], dict.fromkeys(kept, 1 / len(kept)), left)
+
+
+def _blame_rows(sites: tuple[Site, ...], verdict: Judgement, plan: Plan, ledger: _Ledger) -> None:
+    """Say of each row without a weight why it has none."""
+    for row, site in enumerate(sites):
+        if row in verdict.findings:
+            finding = verdict.findings[row]
+            ledger.blame(SiteFault(site, finding.code, finding.reason))
+        elif site == plan.reference:
+            ledger.blame(SiteFault(site, "reference", "served as the reference, not as a voice", proven=False))
+        elif verdict.weights[row] == 0.0:
+            sentence = f"left out by {plan.rule.name} with score {verdict.scores[row]:.3g}"
+            ledger.blame(SiteFault(site, "rule", sentence, proven=False))
 
 
 def _enough(plan: Plan, context: RoundContext, usable: int, ledger: _Ledger) -> int:

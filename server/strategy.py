@@ -72,7 +72,8 @@ class QuorumStrategy:
             from such a coordinator. None takes as many as ``tolerate``.
         min_available_nodes: how many nodes to wait for before the roster is taken.
         clip: whether sites clip their update to the reference norm C, which follows the median norm of accepted
-            updates (at most a factor of two per round).
+            updates (at most a factor of two per round). By default where the suite combines with equal weights only:
+            what weights would give, clipping gives.
         sketches: r, random sketches from which the Gram matrix is measured.
         reference: name of a trusted site, for rules that need a reference row.
         fraction_evaluate: share of sites that evaluate the new model after each round; 0 for none.
@@ -92,7 +93,7 @@ class QuorumStrategy:
         tolerate: int | None = None,
         min_available_nodes: int = 3,
         collude: int | None = None,
-        clip: bool = False,
+        clip: bool | None = None,
         sketches: int = 4,
         reference: Site | None = None,
         fraction_evaluate: float = 1.0,
@@ -111,7 +112,9 @@ class QuorumStrategy:
         self.tolerate = tolerate
         self.collude = collude
         self.min_available_nodes = min_available_nodes
-        self.clip = clip
+        self.clip = suite.selects if clip is None else clip
+        if suite.selects and not self.clip:
+            raise UsageError(f"suite {suite.name!r} needs clipping: leave clip out, or set it to True")
         self.sketches = sketches
         self.reference = reference if self.rule.needs_reference else None
         self.fraction_evaluate = fraction_evaluate
