@@ -11,7 +11,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 .PHONY: help demo test test-slow check lint types links bench clean
 
 help:
-	@echo "make demo       ten sites, two poisoned, three ways to aggregate: a table and a picture in demo-out/"
+	@echo "make demo       ten sites, two poisoned, five runs side by side: a table and a picture in demo-out/"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow  the long ones: Ray, real SuperLink and SuperNodes"
 	@echo "make check      what CI runs: lint, types, vectors, tests"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quorsum.aggregation.checks import Finding, check_gram
 from quorsum.aggregation.compose import Rule
-from quorsum.errors import BoundError
+from quorsum.errors import BoundError, RoundFailed
 
 __all__ = ["Judgement", "judge", "norm_gate"]
 
@@ -30,11 +30,12 @@ class Judgement:
     """What was decided about the rows of a Gram matrix.
 
     Attributes:
-        findings: rows that no honest update can have, and why; they count against f and the rule does not see them.
+        findings: rows that must not be used, and why; the rule does not see them, and those proven malicious count
+            against f.
         rows: the rows that the rule saw, ascending.
         weights: float64, one per row of the matrix; zero for rows that are not in the new model.
         scores: float64, one per row of the matrix, higher is worse; NaN for rows that the rule did not see.
-        tolerate: f less the findings: how many of ``rows`` may still be malicious.
+        tolerate: f less what was proven: how many of ``rows`` may still be malicious.
     """
 
     findings: Mapping[int, Finding]
@@ -55,7 +56,10 @@ def judge(
     f: int,
     *,
     norm_bound: float | None = None,
+    norm_proves: bool = True,
+    noise: float = 0.0,
     proven: int = 0,
+    count_off: bool = True,
     equal: bool = False,
     rng: np.random.Generator | None = None,
     reference: int | None = None,
@@ -67,18 +71,29 @@ def judge(
         rule: the robust rule; it must work on a Gram matrix.
         f: how many of the sites of the round may be malicious.
         norm_bound: norm that no honest update exceeds.
+        norm_proves: whether a norm beyond the bound proves malice; without clipping it does not.
+        noise: >= 0, standard deviation of the noise on every entry, in squared units of the updates.
         proven: sites that are not among the rows because they were proven malicious before.
+        count_off: whether proven findings lower f. Where messages are not signed a malicious site can produce such a
+            finding in an honest one's name, and they must not.
         equal: the rule's selection with equal weights that sum to 1, instead of its weights.
         rng: source of randomness for rules that draw.
         reference: row of the trusted reference, for rules that need one.
 
     Raises:
+        RoundFailed: more sites than f were proven malicious, so what was assumed about the others does not hold.
         BoundError: with the rows that are left, the rule cannot tolerate the malicious ones that may be left.
         QuorumError: whatever the rule raises.
     """
-    findings = dict(check_gram(gram, f, norm_bound=norm_bound))
+    findings = dict(check_gram(gram, f, norm_bound=norm_bound, norm_proves=norm_proves, noise=noise))
+    malicious = proven + (sum(finding.proven for finding in findings.values()) if count_off else 0)
+    if malicious > f:
+        raise RoundFailed(
+            f"{malicious} sites sent what no honest site sends, more than the {f} that can be malicious: nothing in "
+            "this round can be trusted; find out what is wrong with these sites, or raise tolerate"
+        )
     rows = tuple(row for row in range(len(gram)) if row not in findings)
-    left = max(0, f - proven - len(findings))
+    left = f - malicious
     # A reference row is a voice of its own kind, not one of the sites that are judged.
     need = rule.minimum_sites(left) + (reference is not None)
     if len(rows) < need or (reference is not None and reference not in rows):

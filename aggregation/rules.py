@@ -194,7 +194,7 @@ def mda(gram: ArrayLike, f: int) -> Weights:
 
 
 def geometric_median(
-    gram: ArrayLike, f: int, *, smoothing: float = 1e-3, tolerance: float = 1e-6, iterations: int = 10_000
+    gram: ArrayLike, f: int, *, smoothing: float = 1e-3, tolerance: float = 1e-4, iterations: int = 10_000
 ) -> Weights:
     """Geometric median by the smoothed Weiszfeld algorithm (Pillutla et al. 2022, arXiv:1912.13445, algorithm 2).
 

@@ -22,54 +22,80 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from quorsum.aggregation import parse_rule
 from quorsum.crypto import (
     Ask,
     Blocks,
     CkksCoordinator,
     CkksSite,
+    CoordinatorSuite,
+    Identity,
     PlainCoordinator,
     PlainSite,
     RoundContext,
+    SealedCoordinator,
+    SealedSite,
+    SiteSuite,
     generate_site_key,
     run_dialogue,
 )
+from quorsum.selection import select
 
 Figures = dict[str, float]
 
 
-def suites(names: list[str]) -> dict[str, tuple[Any, Any]]:
-    """Both ends of each suite."""
-    made: dict[str, tuple[Any, Any]] = {}
+def suites(names: list[str], sites: int) -> dict[str, tuple[dict[str, SiteSuite], CoordinatorSuite]]:
+    """Both ends of each suite: every site's, and the coordinator's with the keys of all."""
+    made: dict[str, tuple[dict[str, SiteSuite], CoordinatorSuite]] = {}
+    roster = site_names(sites)
     for name in names:
-        if name == "plain":
-            made[name] = (PlainSite(), PlainCoordinator())
+        ends: dict[str, SiteSuite]
+        coordinator: CoordinatorSuite
+        if name == "sealed":
+            ends = {site: SealedSite(Identity.generate(os.urandom), select, True) for site in roster}
+            coordinator = SealedCoordinator(select)
         elif name == "ckks":
-            site = CkksSite(generate_site_key(os.urandom))
-            made[name] = (site, CkksCoordinator().adopt({"site": (site.key_id, site.public_key)})[0])
+            ends = dict.fromkeys(roster, CkksSite(generate_site_key(os.urandom)))
+            coordinator = CkksCoordinator()
+        else:
+            ends = dict.fromkeys(roster, PlainSite())
+            coordinator = PlainCoordinator()
+        coordinator, _ = coordinator.adopt({site: (end.key_id, end.public_key) for site, end in ends.items()})
+        made[name] = (ends, coordinator)
     return made
 
 
-def one_round(site: Any, coordinator: Any, dimension: int, sites: int, tolerate: int, number: int) -> Figures:
+def site_names(sites: int) -> tuple[str, ...]:
+    """Names in roster order."""
+    return tuple(f"site-{k:03d}" for k in range(sites))
+
+
+def one_round(
+    ends: dict[str, SiteSuite], coordinator: CoordinatorSuite, dimension: int, tolerate: int, number: int
+) -> Figures:
     """One round with honest updates of norm about 1; seconds by step, bytes per site."""
-    names = tuple(f"site-{k:02d}" for k in range(sites))
-    context = RoundContext("bench", number, 1, names, dimension, tolerate, 1.0)
+    names, sites = tuple(ends), len(ends)
+    context = RoundContext(
+        "bench", number, 1, names, dimension, tolerate, 1.0, True, collude=max(1, tolerate), rule="multi-krum"
+    )
+    context, suite = coordinator.prepare(context, os.urandom)
     common = np.random.default_rng(0).normal(size=dimension) / np.sqrt(2 * dimension)
     seconds = dict.fromkeys(("seal", "accept", "measure", "combine", "answer"), 0.0)
     up, down = 0, 0
     states: dict[str, bytes] = {}
+    kept: dict[str, Blocks] = {}
     uploads = {}
     updates = []
     for k, name in enumerate(names):
         own = np.random.default_rng(k + 1).normal(size=dimension) / np.sqrt(2 * dimension)
-        update = (common + own).astype(np.float32)
+        update = (0.99 * (common + own) / np.linalg.norm(common + own)).astype(np.float32)
         updates.append(update)
         clock = time.perf_counter()
-        states[name], blocks = site.seal(context, update, os.urandom)
+        states[name], blocks = ends[name].seal(context, update, os.urandom)
         seconds["seal"] += (time.perf_counter() - clock) / sites
         up += sum(map(len, blocks))
         clock = time.perf_counter()
-        uploads[name] = coordinator.accept(context, name, blocks)
+        uploads[name] = suite.accept(context, name, blocks)
+        kept[name] = blocks if ends[name].keeps_upload else ()
         seconds["accept"] += time.perf_counter() - clock
 
     asked = 0.0
@@ -79,7 +105,10 @@ def one_round(site: Any, coordinator: Any, dimension: int, sites: int, tolerate:
         answers = {}
         for name, blocks in question.questions.items():
             clock = time.perf_counter()
-            states[name], answers[name] = site.answer(context, states[name], question.phase, blocks, os.urandom)
+            state = states[name]
+            states[name], answers[name] = ends[name].answer(
+                context, state, question.phase, blocks, os.urandom, kept[name]
+            )
             spent = time.perf_counter() - clock
             asked += spent
             seconds["answer"] += spent / sites
@@ -94,10 +123,10 @@ def one_round(site: Any, coordinator: Any, dimension: int, sites: int, tolerate:
         seconds[step] += time.perf_counter() - clock - asked
         return result
 
-    measured = timed("measure", lambda: run_dialogue(coordinator.measure(context, uploads, os.urandom), ask))
-    outcome = parse_rule("nnm+multi-krum").apply(measured.gram, tolerate)
-    weights = {name: float(w) for name, w in zip(measured.sites, outcome.weights, strict=True) if w}
-    opened = timed("combine", lambda: run_dialogue(coordinator.combine(context, uploads, weights, os.urandom), ask))
+    measured = timed("measure", lambda: run_dialogue(suite.measure(context, uploads, os.urandom), ask))
+    chosen = select(context, measured.sites, measured.gram, tolerate)
+    weights = dict.fromkeys(chosen, 1 / len(chosen))
+    opened = timed("combine", lambda: run_dialogue(suite.combine(context, uploads, weights, os.urandom), ask))
     expected = sum(
         weights.get(name, 0.0) * update.astype(np.float64) for name, update in zip(names, updates, strict=True)
     )
@@ -122,16 +151,16 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--sites", type=int, default=10)
     parser.add_argument("--tolerate", type=int, default=2)
-    parser.add_argument("--suites", nargs="+", default=["plain", "ckks"])
+    parser.add_argument("--suites", nargs="+", default=["plain", "ckks", "sealed"])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows = []
     for dimension in options.dimensions:
         average = statistics.median(clear_average(dimension, options.sites) for _ in range(options.repeat))
-        for name, (site, coordinator) in suites(options.suites).items():
+        for name, (ends, coordinator) in suites(options.suites, options.sites).items():
             runs = [
-                one_round(site, coordinator, dimension, options.sites, options.tolerate, number + 1)
+                one_round(ends, coordinator, dimension, options.tolerate, number + 1)
                 for number in range(options.repeat)
             ]
             figures = {key: statistics.median(run[key] for run in runs) for key in runs[0]}

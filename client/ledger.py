@@ -51,15 +51,14 @@ def take_round(ledger: Ledger, context: RoundContext) -> None:
     Raises:
         CoordinatorFault: this round of the run, or a later one, was taken before.
     """
-    seen: dict[str, list[int]] = (ledger.read() or {}).get("seen", {})
-    last = seen.get(context.run, [0, 0])
-    if [context.round, context.attempt] <= last:
+    seen: dict[str, int] = (ledger.read() or {}).get("seen", {})
+    last = seen.get(context.run, 0)
+    if context.round <= last:
         raise CoordinatorFault(
             "replayed-round",
-            f"round {context.round} (attempt {context.attempt}) was asked for after round {last[0]} "
-            f"(attempt {last[1]}) had been taken; a site seals once per round",
+            f"round {context.round} was asked for after round {last} had been taken; a site seals once per round",
         )
-    _write(ledger, {**seen, context.run: [context.round, context.attempt]}, context, b"")
+    _write(ledger, {**seen, context.run: context.round}, context, b"")
 
 
 def remember(ledger: Ledger, context: RoundContext, state: bytes, upload: Blocks | None = None) -> None:
@@ -84,7 +83,7 @@ def recall(ledger: Ledger, digest: str) -> tuple[RoundContext, bytes]:
     return context, bytes.fromhex(record["state"])
 
 
-def _write(ledger: Ledger, seen: dict[str, list[int]], context: RoundContext, state: bytes) -> None:
+def _write(ledger: Ledger, seen: dict[str, int], context: RoundContext, state: bytes) -> None:
     text = messages.Context.of(context).model_dump_json()
     ledger.write({"seen": seen, "context": text, "state": state.hex()})
 

@@ -156,7 +156,7 @@ class SealingMod:
         started = time.perf_counter()
         reply = _run_app(call_next, _without_header(message), context, "training-failed")
         trained = time.perf_counter()
-        update = clipped(arrays.difference(_only_arrays(reply), model), round_context)
+        update = clipped(_learnt(reply, model), round_context)
         try:
             state, blocks = suite.seal(round_context, update, self.random_bytes)
         except UsageError as error:
@@ -251,6 +251,15 @@ def _run_app(call_next: ClientAppCallable, message: Message, context: Context, c
     if not reply.has_content():
         raise Refusal(code, "the site's app replied with an error; its own log says which")
     return reply.content
+
+
+def _learnt(reply: RecordDict, model: ArrayRecord) -> NDArray[np.float32]:
+    """What the app has learnt; its words and shapes stay in the site's own log (rule 4)."""
+    try:
+        return arrays.difference(_only_arrays(reply), model)
+    except Refusal as refusal:
+        log.warning("the app's reply: %s", refusal)
+        raise Refusal(refusal.code, "the site's app returned no model like the one it got") from None
 
 
 def _only_arrays(content: RecordDict) -> ArrayRecord:

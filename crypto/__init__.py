@@ -8,7 +8,10 @@ from quorsum.crypto.ckks_keys import CkksSiteKey, generate_site_key
 from quorsum.crypto.ckks_parameters import CKKS_V1, CkksParameters
 from quorsum.crypto.ckks_site import CkksSite
 from quorsum.crypto.dialogue import run_dialogue
+from quorsum.crypto.identity import Identity
 from quorsum.crypto.plain import PlainCoordinator, PlainSite, PlainUpload
+from quorsum.crypto.sealed_coordinator import SealedCoordinator
+from quorsum.crypto.sealed_site import SealedSite
 from quorsum.crypto.suite import (
     Ask,
     Blocks,
@@ -35,6 +38,7 @@ __all__ = [
     "CkksUpload",
     "CoordinatorSuite",
     "Dialogue",
+    "Identity",
     "Measured",
     "Opened",
     "PlainCoordinator",
@@ -42,6 +46,8 @@ __all__ = [
     "PlainUpload",
     "RandomBytes",
     "RoundContext",
+    "SealedCoordinator",
+    "SealedSite",
     "Site",
     "SiteSuite",
     "Vector",

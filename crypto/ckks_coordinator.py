@@ -2,8 +2,9 @@
 
 Measuring. The B ciphertexts of each upload are added up with random signs, r times, drawn once all uploads are
 in: ``z_i^k = sum_b s_kb ct_ib``. Whole ciphertexts get a sign, so this needs no rotation key, and over the signs
-``E <z_i, z_j> = <x_i, x_j>``. For all pairs i <= j, ``P_ij = sum_k z_i^k z_j^k`` is masked (see ``ckks_mask``) and sent
-to all sites, who return the noisy sum of its slots. What f + 1 of them say is believed.
+``E <z_i, z_j> = <x_i, x_j>``. For all pairs i <= j, ``P_ij = sum_k z_i^k z_j^k`` (plus, for i = j, a probe, see
+``ckks_probe``) is masked (see ``ckks_mask``) and sent to all sites, who return the noisy sum of its slots. What f + 1 of
+them say is believed.
 
 Combining. ``sum_i w_i ct_i`` is sent to 2 f + 1 sites, or to all where there are fewer; if those do not agree, to
 the rest as well.
@@ -32,6 +33,7 @@ from quorsum.crypto.ckks_parameters import (
     slot_factor,
     sum_step,
 )
+from quorsum.crypto.ckks_probe import draw_probe
 from quorsum.crypto.ckks_wire import (
     CipherVector,
     Context,
@@ -86,6 +88,20 @@ class CkksCoordinator:
         """No: it takes any weights."""
         return False
 
+    @property
+    def signs(self) -> bool:
+        """No: Flower does not bind a reply to its sender's key, and this suite adds no signature."""
+        return False
+
+    @property
+    def least_opened(self) -> int:
+        """Fewest sites whose sum may be opened."""
+        return 3
+
+    def least_sites(self, tolerate: int, collude: int) -> int:
+        """Fewest sites of a run: an honest majority."""
+        return 2 * tolerate + 1
+
     def adopt(
         self, introduced: Mapping[Site, tuple[str, bytes]]
     ) -> tuple[CkksCoordinator, Mapping[Site, KeyMaterialError]]:
@@ -117,6 +133,11 @@ class CkksCoordinator:
         """Nothing to prepare."""
         return context, self
 
+    def gram_noise(self, context: RoundContext) -> float:
+        """Standard deviation of the noise of every opened Gram entry: 2^-12 unit^2."""
+        _, noise = gram_step(context)
+        return noise * context.unit**2
+
     def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
         """Squared norm that noise alone may add to an opened sum or take from the promised one.
 
@@ -125,9 +146,8 @@ class CkksCoordinator:
         """
         magnitude = float(sum(abs(weight) for weight in weights.values()))
         _, sum_noise = sum_step(context)
-        _, gram_noise = gram_step(context)
         energy = context.dimension * (sum_noise * magnitude / slot_factor(context)) ** 2
-        spread = gram_noise * context.unit**2 * math.sqrt(2) * sum(weight * weight for weight in weights.values())
+        spread = self.gram_noise(context) * math.sqrt(2) * sum(weight * weight for weight in weights.values())
         return energy + 6 * spread
 
     def ratio_tolerance(self, context: RoundContext) -> float:
@@ -183,23 +203,15 @@ class CkksCoordinator:
         check_context(context)
         if not uploads:
             raise UsageError("there is no upload")
-        faults: dict[Site, SiteFault] = {}
         worker = _working_context(self._public())
         signs = draw_signs(random_bytes, sketch_count(context), ciphertext_count(context))
-        sketches: dict[Site, list[CipherVector]] = {}
         voters = sorted(uploads)
-        for site in voters:
-            try:
-                sketches[site] = _sketch(worker, uploads[site], signs)
-            except RuntimeError:
-                # The library refuses results whose second polynomial is zero: ciphertexts made to cancel.
-                faults[site] = SiteFault(site, "vanishing", "its ciphertexts were made to cancel each other")
-        sites = tuple(sketches)
+        sites, products, faults = _products(worker, context, uploads, signs, random_bytes)
         if not sites:
             raise RoundFailed("no upload could be measured", dict(faults))
         pairs = list(combinations_with_replacement(sites, 2))
-        question = pack_blocks(_products(worker, sketches, pairs, random_bytes, faults))
-        del sketches
+        question = pack_blocks(products[pair] for pair in pairs)
+        del products
         answers = yield Ask("gram", dict.fromkeys(voters, question))
         del question
         verdict = _vote(voters, answers, len(pairs), "<i8", context.tolerate)
@@ -228,7 +240,9 @@ class CkksCoordinator:
         check_weights(tuple(uploads), weights)
         worker = _working_context(self._public())
         magnitude = sum(abs(weight) for weight in weights.values())
-        chosen = {site: weights[site] / magnitude for site in sorted(weights) if weights[site] != 0.0}
+        shares = {site: weights[site] / magnitude for site in sorted(weights)}
+        # The library refuses to multiply by what it rounds to zero, and so small a share adds nothing.
+        chosen = {site: share for site, share in shares.items() if abs(share) > _LEAST_SHARE}
         try:
             question = pack_blocks(_weighted(worker, context, uploads, chosen))
         except RuntimeError as error:
@@ -246,6 +260,10 @@ class CkksCoordinator:
         step, _ = sum_step(context)
         slots = verdict.value.astype(np.float64) * (step * magnitude / slot_factor(context))
         return Opened(flatten(context.digest(), slots), verdict.faults)
+
+
+# Far below the noise of the sum, and far above 2^-62, which the encoding of weights rounds to zero.
+_LEAST_SHARE = 2.0**-40
 
 
 def _working_context(public: bytes) -> Context:
@@ -281,20 +299,67 @@ def _sketch(worker: Context, upload: CkksUpload, signs: NDArray[np.int8]) -> lis
 
 def _products(
     worker: Context,
-    sketches: Mapping[Site, list[CipherVector]],
-    pairs: list[tuple[Site, Site]],
+    context: RoundContext,
+    uploads: Mapping[Site, CkksUpload],
+    signs: NDArray[np.int8],
     random_bytes: RandomBytes,
-    faults: dict[Site, SiteFault],
-) -> Iterator[bytes]:
-    """``P_ij = sum_k z_i^k z_j^k`` for each pair, rescaled and masked."""
-    for i, j in pairs:
-        # noise: 2^10.6 from rounding each rescaled product, on 2^40: 2^-30 of unit^2 after averaging
-        products = [a * b for a, b in zip(sketches[i], sketches[j], strict=True)]
-        total = products[0]
-        for product in products[1:]:
-            total.add_(product)
-        hide_all_but_sum(total, worker, random_bytes)
-        yield ciphertext_bytes(total)
+) -> tuple[tuple[Site, ...], dict[tuple[Site, Site], bytes], dict[Site, SiteFault]]:
+    """The masked products of all pairs of uploads that can be multiplied.
+
+    Returns:
+        the sites whose products are all there, sorted; the products, at least of all their pairs; and ``vanishing``
+        for the others. Where a product of two sites vanishes both made it so: the second polynomial of an honest
+        ciphertext is uniform, and nothing but zero times that is zero.
+
+    Raises:
+        RoundFailed: the library refuses for a reason that no site is known to cause.
+    """
+    faults: dict[Site, SiteFault] = {}
+    sketches: dict[Site, list[CipherVector]] = {}
+    products: dict[tuple[Site, Site], bytes] = {}
+    try:
+        probe = draw_probe(worker, context, random_bytes)
+    except RuntimeError as error:
+        raise RoundFailed(f"the library cannot encrypt with the sites' public key: {error}") from error
+    for site in sorted(uploads):
+        try:
+            sketches[site] = _sketch(worker, uploads[site], signs)
+        except RuntimeError as error:
+            faults |= _vanishing(error, site)
+    for i, j in combinations_with_replacement(tuple(sketches), 2):
+        if i in faults or j in faults:
+            continue
+        try:
+            total = _product(sketches[i], sketches[j])
+            if i == j:
+                *_, last = read_blocks(uploads[i].blocks, ciphertext_count(context))
+                total.add_(probe.apply(worker, sketches[i], last))
+            hide_all_but_sum(total, worker, random_bytes)
+        except RuntimeError as error:
+            faults |= _vanishing(error, i, j)
+            continue
+        products[i, j] = ciphertext_bytes(total)
+    return tuple(site for site in sketches if site not in faults), products, faults
+
+
+def _product(first: list[CipherVector], second: list[CipherVector]) -> CipherVector:
+    """``sum_k a^k b^k``, rescaled."""
+    # noise: 2^10.6 from rounding each rescaled product, on 2^40: 2^-30 of unit^2 after averaging
+    total, *others = [a * b for a, b in zip(first, second, strict=True)]
+    for other in others:
+        total.add_(other)
+    return total
+
+
+def _vanishing(error: RuntimeError, *sites: Site) -> dict[Site, SiteFault]:
+    """Blame ``sites`` for a result that the library refuses because its ciphertext hides nothing.
+
+    Raises:
+        RoundFailed: it refused for another reason.
+    """
+    if "transparent" not in str(error):
+        raise RoundFailed(f"the library cannot compute on the uploads of {' and '.join(sites)}: {error}") from error
+    return {site: SiteFault(site, "vanishing", "its ciphertexts were made to cancel") for site in sites}
 
 
 def _weighted(

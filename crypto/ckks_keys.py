@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import tenseal as ts
 
+from quorsum.crypto.ckks_context import EVALUATION_PARTS, MAX_PUBLIC_BYTES, SECRET_PARTS, context_parts
 from quorsum.crypto.ckks_parameters import CKKS_V1
 from quorsum.crypto.ckks_wire import Context, context_bytes, load_context, new_context
 from quorsum.crypto.randomness import draw, tagged_hash
@@ -117,15 +118,26 @@ def check_public_context(data: bytes) -> bytes:
         the same context as this library writes it, so that equal keys give equal bytes.
 
     Raises:
-        KeyMaterialError: it is unreadable, has other parameters, lacks the public key, or holds a secret key.
+        KeyMaterialError: ``secret-key``, ``evaluation-keys``, ``no-public-key``, ``wrong-parameters``, or
+            ``unreadable``. Keys that must not be there are found by their tags, before the library unpacks them:
+            a few hundred kilobytes of them can take gigabytes of memory.
     """
-    context = load_context(data)
-    if context.has_secret_key():
+    parts = context_parts(data)
+    if parts & SECRET_PARTS:
         raise KeyMaterialError(
             "secret-key",
             "this context holds the secret key, with which the coordinator could read every update; delete it here, "
             "make a new site key at a site, and hand over its public context only",
         )
+    if parts & EVALUATION_PARTS:
+        raise KeyMaterialError(
+            "evaluation-keys", "the context holds relinearisation or Galois keys, which this suite never uses"
+        )
+    if len(data) > MAX_PUBLIC_BYTES:
+        raise KeyMaterialError(
+            "wrong-parameters", f"a public context of CKKS_V1 has at most {MAX_PUBLIC_BYTES} bytes, got {len(data)}"
+        )
+    context = load_context(data)
     if not context.has_public_key():
         raise KeyMaterialError("no-public-key", "this context holds no public key")
     return context_bytes(context, public_key=True, secret_key=False)

@@ -109,6 +109,20 @@ class PlainCoordinator:
         """No: it takes any weights."""
         return False
 
+    @property
+    def signs(self) -> bool:
+        """No: Flower does not bind a reply to its sender's key, and this suite adds no signature."""
+        return False
+
+    @property
+    def least_opened(self) -> int:
+        """Fewest sites whose sum may be opened."""
+        return 1
+
+    def least_sites(self, tolerate: int, collude: int) -> int:
+        """Fewest sites of a run: an honest majority."""
+        return 2 * tolerate + 1
+
     def adopt(
         self, introduced: Mapping[Site, tuple[str, bytes]]
     ) -> tuple[PlainCoordinator, Mapping[Site, KeyMaterialError]]:
@@ -119,6 +133,10 @@ class PlainCoordinator:
     def prepare(self, context: RoundContext, random_bytes: RandomBytes) -> tuple[RoundContext, PlainCoordinator]:
         """Nothing to prepare."""
         return context, self
+
+    def gram_noise(self, context: RoundContext) -> float:
+        """Standard deviation of the noise of a Gram entry: none, it is computed in the clear."""
+        return 0.0
 
     def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
         """Squared norm that opening alone may add to a sum: rounding in float64, as good as nothing."""

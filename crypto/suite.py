@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Generic, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,8 +175,8 @@ class SiteSuite(Protocol):
         """
 
 
-class CoordinatorSuite(Protocol, Generic[Upload]):
-    """The end of a suite that lives at the coordinator and holds no secret."""
+class CoordinatorSuite(Protocol):
+    """The end of a suite that lives at the coordinator, between rounds. It holds no secret."""
 
     @property
     def name(self) -> str:
@@ -185,6 +185,9 @@ class CoordinatorSuite(Protocol, Generic[Upload]):
     @property
     def selects(self) -> bool:
         """Whether it combines a set of updates with equal weights only, and sites repeat the selection."""
+
+    def least_sites(self, tolerate: int, collude: int) -> int:
+        """Fewest sites with which a run may begin, for f malicious and tau colluding ones."""
 
     def adopt(self, introduced: Mapping[Site, tuple[str, bytes]]) -> tuple[Self, Mapping[Site, KeyMaterialError]]:
         """The same suite with the keys that sites introduced themselves with, which it gets once per run.
@@ -196,8 +199,31 @@ class CoordinatorSuite(Protocol, Generic[Upload]):
             the suite, and which sites cannot take part, with the reason.
         """
 
-    def prepare(self, context: RoundContext, random_bytes: RandomBytes) -> tuple[RoundContext, Self]:
+    def prepare(self, context: RoundContext, random_bytes: RandomBytes) -> tuple[RoundContext, RoundSuite[Any]]:
         """The context of a round with what the suite adds to it, and the suite for this round alone."""
+
+
+class RoundSuite(Protocol, Generic[Upload]):
+    """The end of a suite that lives at the coordinator, in one round."""
+
+    @property
+    def name(self) -> str:
+        """Name of the suite and its parameters, equal at both ends."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether it combines a set of updates with equal weights only, and sites repeat the selection."""
+
+    @property
+    def signs(self) -> bool:
+        """Whether everything that a site sends is signed by it, so that a bad message proves something."""
+
+    @property
+    def least_opened(self) -> int:
+        """Fewest sites whose sum may be opened."""
+
+    def gram_noise(self, context: RoundContext) -> float:
+        """Standard deviation of the noise in every entry of the opened Gram matrix, in squared units of updates."""
 
     def noise_floor(self, context: RoundContext, weights: Mapping[Site, float]) -> float:
         """Squared norm that noise alone may add to an opened sum; for ``check_opened``."""

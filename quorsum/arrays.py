@@ -24,14 +24,21 @@ def _numeric(name: str, array: Array) -> NDArray[np.generic]:
         values = array.numpy()
     except (TypeError, ValueError, EOFError, OSError) as error:
         raise Refusal("undecodable", f"array {name!r} cannot be decoded as a NumPy array ({error})") from None
-    if values.dtype.kind not in "fiub":
-        raise Refusal("wrong-type", f"array {name!r} has type {values.dtype}, which has no mean")
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+        raise Refusal("wrong-type", f"array {name!r} does not hold numbers that have a mean")
+    # The declared shape is only a claim; memory is never sized by it.
+    if values.shape != tuple(array.shape):
+        raise Refusal("wrong-shape", f"array {name!r} has shape {values.shape} and declares {tuple(array.shape)}")
     return values
 
 
 def dimension(arrays: ArrayRecord) -> int:
-    """Number of parameters d of a model, from the shapes alone."""
-    return sum(int(np.prod(array.shape, dtype=np.int64)) for array in arrays.values())
+    """Number of parameters d of a model.
+
+    Raises:
+        Refusal: an array cannot be decoded, or declares another shape than it has.
+    """
+    return sum(_numeric(name, array).size for name, array in arrays.items())
 
 
 def fingerprint(arrays: ArrayRecord) -> str:
@@ -51,13 +58,8 @@ def flatten(arrays: ArrayRecord) -> NDArray[np.float32]:
     Raises:
         Refusal: an array is not numeric or cannot be decoded.
     """
-    flat = np.empty(dimension(arrays), dtype=np.float32)
-    start = 0
-    for name, array in arrays.items():
-        values = _numeric(name, array)
-        flat[start : start + values.size] = values.reshape(-1)
-        start += values.size
-    return flat
+    parts = [_numeric(name, array).reshape(-1).astype(np.float32) for name, array in arrays.items()]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def difference(new: ArrayRecord, old: ArrayRecord) -> NDArray[np.float32]:
@@ -68,17 +70,14 @@ def difference(new: ArrayRecord, old: ArrayRecord) -> NDArray[np.float32]:
     """
     if list(new.keys()) != list(old.keys()):
         raise Refusal("wrong-shape", f"the model has arrays {list(new.keys())}, expected {list(old.keys())}")
-    flat = np.empty(dimension(old), dtype=np.float32)
-    start = 0
+    parts = []
     for name, array in old.items():
         before, after = _numeric(name, array), _numeric(name, new[name])
         if before.shape != after.shape:
             raise Refusal("wrong-shape", f"array {name!r} has shape {after.shape}, expected {before.shape}")
         # Subtract in float64: late in training the two are nearly equal.
-        gap = np.subtract(after, before, dtype=np.float64)
-        flat[start : start + before.size] = gap.reshape(-1)
-        start += before.size
-    return flat
+        parts.append(np.subtract(after, before, dtype=np.float64).astype(np.float32).reshape(-1))
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def apply_update(arrays: ArrayRecord, update: NDArray[np.floating]) -> ArrayRecord:

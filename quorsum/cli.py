@@ -65,6 +65,11 @@ def run(arguments: list[str]) -> int:
     except (UsageError, DataError) as error:
         _complain(str(error))
         return EXIT_USAGE
+    except ModuleNotFoundError as error:
+        _complain(
+            f"this command needs the package {error.name!r}; install what it takes: pip install 'quorsum[simulation]'"
+        )
+        return EXIT_USAGE
     except QuorsumError as error:
         _complain(str(error))
         return EXIT_UNKNOWN
@@ -104,16 +109,20 @@ def simulate(
             help="none, sign-flip, scaling, gaussian, label-flip, alie, ipm, nan; parameters: sign-flip:strength=8"
         ),
     ] = "sign-flip",
-    rule: Annotated[str, typer.Option(help="robust rule, pre-aggregators first")] = "nnm+multi-krum",
+    rule: Annotated[
+        str | None,
+        typer.Option(help="robust rule, pre-aggregators first (default: spectral for sealed, else nnm+multi-krum)"),
+    ] = None,
     tolerate: Annotated[
         int | None, typer.Option(help="f, malicious sites to tolerate (default: as many as are poisoned)")
     ] = None,
-    suite: Annotated[str, typer.Option(help="cipher suite: ckks or plain")] = "ckks",
+    suite: Annotated[str, typer.Option(help="cipher suite: sealed, ckks or plain")] = "sealed",
     rounds: Annotated[int, typer.Option(help="rounds of training")] = 15,
     alpha: Annotated[str, typer.Option(help="Dirichlet concentration of the partition, or iid")] = "iid",
     clip: Annotated[
-        bool, typer.Option("--clip/--no-clip", help="clip updates to the median norm of the round before")
-    ] = False,
+        bool | None,
+        typer.Option("--clip/--no-clip", help="clip updates to the last round's median norm (default: sealed only)"),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="local epochs per round (default: what suits the model)")] = None,
     batch_size: Annotated[int, typer.Option(help="rows per local step")] = 32,
     lr: Annotated[float | None, typer.Option(help="local learning rate (default: what suits the model)")] = None,

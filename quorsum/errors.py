@@ -15,6 +15,7 @@ __all__ = [
     "BoundError",
     "CoordinatorFault",
     "DataError",
+    "HidingSuspected",
     "KeyMaterialError",
     "QuorsumError",
     "Refusal",
@@ -22,6 +23,15 @@ __all__ = [
     "SiteFault",
     "UsageError",
 ]
+
+
+# Messages may quote what came from outside. They end up in logs, where a long or many-line one would do harm.
+_LONGEST = 1000
+
+
+def _one_line(text: str) -> str:
+    line = "".join(c if c.isprintable() else " " for c in text[: 2 * _LONGEST])
+    return line if len(line) <= _LONGEST else line[:_LONGEST] + " ..."
 
 
 class QuorsumError(Exception):
@@ -44,6 +54,7 @@ class Refusal(QuorsumError):
     """
 
     def __init__(self, code: str, message: str) -> None:
+        message = _one_line(message)
         super().__init__(message)
         self.code = code
         self.message = message
@@ -95,3 +106,7 @@ class RoundFailed(QuorsumError):
     def __init__(self, message: str, faults: dict[str, Refusal] | None = None) -> None:
         super().__init__(message)
         self.faults = dict(faults or {})
+
+
+class HidingSuspected(RoundFailed):
+    """What was opened is longer than what was measured: an update hid from the sketches. Nobody is proven guilty."""

@@ -49,6 +49,9 @@ MAX_HEADER_BYTES = 1 << 20
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\w.@:+#/-]+$")]
 Text = Annotated[str, Field(max_length=2000)]
+# Flower keeps a site's memory as 64-bit numbers; nothing that is counted here comes near.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Ordinal = Annotated[int, Field(ge=1, le=2**31)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Phase = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -81,15 +84,15 @@ class Context(_Message):
     """A :class:`~quorsum.crypto.suite.RoundContext` as it travels."""
 
     run: Name
-    round: Annotated[int, Field(ge=1)]
-    attempt: Annotated[int, Field(ge=1)]
-    sites: Annotated[list[Name], Field(min_length=1)]
-    dimension: Annotated[int, Field(ge=1)]
-    tolerate: Annotated[int, Field(ge=0)]
+    round: Ordinal
+    attempt: Ordinal
+    sites: Annotated[list[Name], Field(min_length=1, max_length=10_000)]
+    dimension: Annotated[int, Field(ge=1, le=2**40)]
+    tolerate: Annotated[int, Field(ge=0, le=10_000)]
     unit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     clip: bool
     sketches: Annotated[int, Field(ge=1, le=64)]
-    collude: Annotated[int, Field(ge=0)]
+    collude: Annotated[int, Field(ge=0, le=10_000)]
     rule: Text
     model: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
     keys: list[Annotated[str, Field(pattern=r"^[0-9a-f]{0,4096}$")]]
@@ -122,7 +125,7 @@ class Submission(_Message):
     kind: Literal["submission"] = "submission"
     context: Digest
     key_id: Annotated[str, Field(max_length=128)]
-    examples: Annotated[int, Field(ge=0)]
+    examples: Count
     metrics: dict[Name, float]
     train_seconds: Seconds
     seal_seconds: Seconds

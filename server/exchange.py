@@ -80,14 +80,18 @@ class Network:
     def _replies(self, pending: dict[str, Site], traffic: Traffic) -> Iterator[tuple[Site, RecordDict | SiteFault]]:
         deadline = time.monotonic() + self.timeout
         pause = FIRST_PAUSE
-        while pending and time.monotonic() < deadline:
+        while pending:
+            # The last look comes when the time is up, not before.
+            last = time.monotonic() >= deadline
             before = len(pending)
             for message_id in list(pending):
-                replies = list(self.grid.pull_messages([message_id]))
+                replies = self._pull(message_id, pending[message_id])
                 if replies:
                     site = pending.pop(message_id)
                     for nth, reply in enumerate(replies):
                         yield site, _content(site, reply, nth, traffic)
+            if last:
+                break
             if len(pending) == before:
                 time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -96,12 +100,24 @@ class Network:
         for site in pending.values():
             yield site, SiteFault(site, "late", f"no answer within {self.timeout:g} s", proven=False)
 
+    def _pull(self, message_id: str, site: Site) -> list[Message | SiteFault]:
+        try:
+            return list(self.grid.pull_messages([message_id]))
+        except Exception as error:  # noqa: BLE001 - Flower puts the site's objects together here, and they may be anything
+            # The transport may fail too, so this proves nothing; the site has lost the round all the same.
+            text = f"Flower could not put its reply together ({type(error).__name__})"
+            return [SiteFault(site, "undecodable", text, proven=False)]
 
-def _content(site: Site, reply: Message, nth: int, traffic: Traffic) -> RecordDict | SiteFault:
+
+def _content(site: Site, reply: Message | SiteFault, nth: int, traffic: Traffic) -> RecordDict | SiteFault:
+    if isinstance(reply, SiteFault):
+        return reply
     if nth > 0:
         return SiteFault(site, "answered-twice", "answered the same message twice; only the first answer counts")
     if reply.has_error():
         # Flower puts the site's exception text here: it is the site's business and is not repeated.
         return SiteFault(site, "error", f"replied with Flower error {reply.error.code}", proven=False)
+    if not isinstance(reply.content, RecordDict):
+        return SiteFault(site, "undecodable", "replied with something that is not a RecordDict")
     traffic.received(site, reply.content)
     return reply.content

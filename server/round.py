@@ -9,8 +9,8 @@
 4. **evaluate**: outside this module, on the new model.
 
 Of the f sites that may be malicious, those whose own messages prove in this round that they left the protocol are
-counted off before the rule sees the rest: at most f in all, so at most f - k among the others. Silence and errors
-prove nothing and are not counted off.
+counted off before the rule sees the rest: at most f in all, so at most f - k among the others. That holds only where
+messages are signed; without signatures nobody is counted off. Silence and errors prove nothing anywhere.
 
 A round that cannot be finished leaves the model as it was and says why; the run goes on.
 """
@@ -21,7 +21,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,16 @@ from quorsum import arrays, messages
 from quorsum.aggregation import Judgement, Rule, check_gram, judge, norm_gate
 from quorsum.crypto.checks import check_opened
 from quorsum.crypto.dialogue import run_dialogue
-from quorsum.crypto.suite import Ask, Blocks, CoordinatorSuite, RandomBytes, RoundContext, Site
-from quorsum.errors import BoundError, Refusal, RoundFailed, SiteFault
+from quorsum.crypto.suite import Ask, Blocks, CoordinatorSuite, RandomBytes, RoundContext, RoundSuite, Site
+from quorsum.errors import HidingSuspected, Refusal, RoundFailed, SiteFault, UsageError
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import RoundRecord
 
 __all__ = ["Plan", "RoundOutcome", "expect", "play_round"]
+
+
+# Sketches in the round after one in which somebody may have hidden from them.
+CAREFUL_SKETCHES = 16
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Plan:
     """
 
     run: str
-    suite: CoordinatorSuite[Any]
+    suite: CoordinatorSuite
     keys: Mapping[Site, tuple[str, bytes]]
     rule: Rule
     tolerate: int
@@ -73,10 +77,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """The model after a round, the reference norm of the next one, and the record."""
+    """The model after a round, the reference norm and the number of sketches of the next one, and the record."""
 
     model: ArrayRecord
     unit: float
+    sketches: int
     record: RoundRecord
 
 
@@ -111,6 +116,18 @@ class _Selection:
     tolerate: int
 
 
+@dataclass(frozen=True)
+class _Play:
+    """Everything that the phases of one round share."""
+
+    plan: Plan
+    suite: RoundSuite[Any]
+    network: Network
+    context: RoundContext
+    ledger: _Ledger = field(default_factory=_Ledger)
+    traffic: Traffic = field(default_factory=Traffic)
+
+
 def play_round(
     plan: Plan, network: Network, number: int, model: ArrayRecord, unit: float, config: ConfigRecord
 ) -> RoundOutcome:
@@ -131,54 +148,52 @@ def play_round(
         model=arrays.fingerprint(model),
     )
     context, suite = plan.suite.prepare(context, plan.random_bytes)
-    plan = replace(plan, suite=suite)
-    ledger, traffic, seconds = _Ledger(), Traffic(), {"geometry": 0.0, "open": 0.0}
+    play = _Play(plan, suite, network, context)
+    ledger = play.ledger
+    seconds = {"geometry": 0.0, "open": 0.0}
     weights: dict[Site, float] = {}
     failed: str | None = None
-    next_unit = unit
+    next_unit, sketches = unit, plan.sketches
     try:
         plan.on_phase(number, "train")
-        uploads = _collect(plan, network, context, model, config, ledger, traffic)
+        uploads = _collect(play, model, config)
 
         plan.on_phase(number, "geometry")
         clock = time.perf_counter()
-        selection = _select(plan, network, context, uploads, ledger, traffic)
+        selection = _select(play, uploads)
         seconds["geometry"] = time.perf_counter() - clock
 
         plan.on_phase(number, "open")
         clock = time.perf_counter()
-        total = _open(plan, network, context, uploads, selection, ledger, traffic)
+        total = _open(play, uploads, selection)
         model = arrays.apply_update(model, total)
         seconds["open"] = time.perf_counter() - clock
         weights, next_unit = selection.weights, _next_unit(unit, selection)
     except RoundFailed as error:
         failed = str(error)
+        sketches = CAREFUL_SKETCHES if isinstance(error, HidingSuspected) else plan.sketches
+        for fault in error.faults.values():
+            if isinstance(fault, SiteFault):
+                ledger.blame(fault)
     seconds |= {
         "train": statistics.median(ledger.train_seconds.values()) if ledger.train_seconds else 0.0,
         "seal": statistics.median(ledger.seal_seconds.values()) if ledger.seal_seconds else 0.0,
         "total": time.perf_counter() - started,
     }
-    return RoundOutcome(model, next_unit, _record(context, weights, failed, ledger, traffic, seconds))
+    return RoundOutcome(model, next_unit, sketches, _record(play, weights, failed, seconds))
 
 
-def _collect(
-    plan: Plan,
-    network: Network,
-    context: RoundContext,
-    model: ArrayRecord,
-    config: ConfigRecord,
-    ledger: _Ledger,
-    traffic: Traffic,
-) -> dict[Site, Any]:
+def _collect(play: _Play, model: ArrayRecord, config: ConfigRecord) -> dict[Site, Any]:
     """Phase 1: the accepted uploads, by site in roster order."""
+    plan, network, context, ledger = play.plan, play.network, play.context, play.ledger
     users = RecordDict({"arrays": model, "config": config})
     wire = messages.Context.of(context)
     instructions = {
-        site: messages.pack(messages.Train(site=site, suite=plan.suite.name, context=wire), beside=users)
+        site: messages.pack(messages.Train(site=site, suite=play.suite.name, context=wire), beside=users)
         for site in context.sites
     }
     uploads: dict[Site, Any] = {}
-    for site, reply in network.exchange(instructions, f"{context.round}", traffic):
+    for site, reply in network.exchange(instructions, f"{context.round}", play.traffic):
         try:
             if site in uploads or isinstance(reply, SiteFault):
                 _second_or_missing(site, reply, uploads, ledger)
@@ -188,7 +203,7 @@ def _collect(
                 raise SiteFault(site, "wrong-round", "sealed for another round than the one it was asked for")
             if submission.key_id != plan.keys[site][0]:
                 raise SiteFault(site, "wrong-key", "sealed with another key than it introduced itself with")
-            uploads[site] = plan.suite.accept(context, site, blocks)
+            uploads[site] = play.suite.accept(context, site, blocks)
             ledger.train_seconds[site] = submission.train_seconds
             ledger.seal_seconds[site] = submission.seal_seconds
         except SiteFault as fault:
@@ -214,22 +229,21 @@ def expect(kind: type[Any], site: Site, content: RecordDict) -> tuple[Any, Block
     except Refusal as refusal:
         raise SiteFault(site, refusal.code, refusal.message) from None
     if isinstance(message, messages.Fault):
-        raise SiteFault(site, message.code, f"says: {message.message}", proven=False)
+        raise SiteFault(site, f"says-{message.code}", f"says: {message.message}", proven=False)
     if not isinstance(message, kind):
         raise SiteFault(site, "unexpected", f"sent a message of kind {message.kind!r} where another was due")
     return message, blocks
 
 
-def _asker(
-    plan: Plan, network: Network, context: RoundContext, ledger: _Ledger, traffic: Traffic
-) -> Callable[[Ask], Mapping[Site, Blocks]]:
+def _asker(play: _Play) -> Callable[[Ask], Mapping[Site, Blocks]]:
     """How a suite's dialogue reaches the sites: one exchange per Ask, faults noted, answers returned."""
+    context, ledger = play.context, play.ledger
 
     def ask(question: Ask) -> Mapping[Site, Blocks]:
         header = messages.Question(context=context.digest().hex(), phase=question.phase)
         contents = {site: messages.pack(header, blocks) for site, blocks in question.questions.items()}
         answers: dict[Site, Blocks] = {}
-        for site, reply in network.exchange(contents, f"{context.round}", traffic):
+        for site, reply in play.network.exchange(contents, f"{context.round}", play.traffic):
             if site in answers or isinstance(reply, SiteFault):
                 if isinstance(reply, SiteFault):
                     ledger.notes.append(str(reply))
@@ -246,79 +260,79 @@ def _asker(
     return ask
 
 
-def _select(
-    plan: Plan,
-    network: Network,
-    context: RoundContext,
-    uploads: Mapping[Site, Any],
-    ledger: _Ledger,
-    traffic: Traffic,
-) -> _Selection:
+def _select(play: _Play, uploads: Mapping[Site, Any]) -> _Selection:
     """Phase 2: measure, take out rows that no honest update can have, and let the rule decide on the rest."""
-    _enough(plan, context, len(uploads), ledger)
-    ask = _asker(plan, network, context, ledger, traffic)
-    measured = run_dialogue(plan.suite.measure(context, uploads, plan.random_bytes), ask)
+    plan, suite, context, ledger = play.plan, play.suite, play.context, play.ledger
+    _enough(play, len(uploads))
+    measured = run_dialogue(suite.measure(context, uploads, plan.random_bytes), _asker(play))
     for fault in measured.faults.values():
-        if plan.suite.selects and fault.site in measured.sites:
-            # The sites repeat the selection from the opened matrix alone; whoever has a row in it keeps it.
+        # Silence while opening takes no row away: the update is there and the others opened it. Neither does a lie
+        # where the sites repeat the selection, which they make from the opened matrix alone.
+        if fault.site in measured.sites and (suite.selects or not fault.proven):
             ledger.notes.append(str(fault))
         else:
             ledger.blame(fault)
     rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]
     sites = tuple(measured.sites[row] for row in rows)
     gram = measured.gram[np.ix_(rows, rows)]
-    proven = sum(fault.proven for fault in ledger.faults.values())
+    tolerate, proven = plan.tolerate, _proven(play)
     if measured.tolerate is not None:
-        proven = plan.tolerate - measured.tolerate
+        # The suite has counted off already, and the sites will repeat the decision with its number.
+        tolerate, proven = measured.tolerate, 0
     if plan.rule.needs == "updates":
-        return _coordinates(plan, context, sites, gram, ledger)
+        return _coordinates(play, sites, gram)
     if plan.reference is not None and plan.reference not in sites:
         raise RoundFailed(f"the reference site {plan.reference} has no usable update in this round", _faults(ledger))
     try:
         verdict = judge(
             gram,
             plan.rule,
-            plan.tolerate,
+            tolerate,
             norm_bound=norm_gate(context.unit, context.clip),
+            norm_proves=context.clip,
+            noise=suite.gram_noise(context),
             proven=proven,
-            equal=plan.suite.selects,
+            count_off=suite.signs,
+            equal=suite.selects,
             rng=np.random.default_rng(int.from_bytes(plan.random_bytes(16), "little")),
             reference=None if plan.reference is None else sites.index(plan.reference),
         )
-    except BoundError as error:
+    except UsageError as error:
+        # Too few rows for the bound, or a reference with which the rule can do nothing.
         raise RoundFailed(f"{error}; the model stays as it was", _faults(ledger)) from error
-    _blame_rows(sites, verdict, plan, ledger)
+    _blame_rows(play, sites, verdict)
     weights = {site: float(w) for site, w in zip(sites, verdict.weights, strict=True) if w != 0.0}
-    if not weights:
-        raise RoundFailed(f"{plan.rule.name} kept no site; the model stays as it was", _faults(ledger))
+    if len(weights) < suite.least_opened:
+        raise RoundFailed(
+            f"{plan.rule.name} keeps {len(weights)} sites, and a sum over fewer than {suite.least_opened} shows "
+            "too much of each; the model stays as it was",
+            _faults(ledger),
+        )
     index = list(verdict.rows)
     kept = tuple(sites[row] for row in index)
     return _Selection(kept, gram[np.ix_(index, index)], weights, verdict.tolerate)
 
 
-def _coordinates(
-    plan: Plan,
-    context: RoundContext,
-    sites: tuple[Site, ...],
-    gram: NDArray[np.float64],
-    ledger: _Ledger,
-) -> _Selection:
+def _coordinates(play: _Play, sites: tuple[Site, ...], gram: NDArray[np.float64]) -> _Selection:
     """For rules that work on single coordinates: no weights, only rows that cannot be honest are taken out."""
-    findings = check_gram(gram, plan.tolerate, norm_bound=norm_gate(context.unit, context.clip))
+    plan, context, ledger = play.plan, play.context, play.ledger
+    gate = norm_gate(context.unit, context.clip)
+    findings = check_gram(gram, plan.tolerate, norm_bound=gate, norm_proves=context.clip)
     for row, finding in findings.items():
-        ledger.blame(SiteFault(sites[row], finding.code, finding.reason))
+        ledger.blame(SiteFault(sites[row], finding.code, finding.reason, finding.proven))
     index = list(findings.remaining)
     kept = tuple(sites[row] for row in index)
-    left = _enough(plan, context, len(kept), ledger)
+    left = _enough(play, len(kept))
     return _Selection(kept, gram[np.ix_(index, index)], dict.fromkeys(kept, 1 / len(kept)), left)
 
 
-def _blame_rows(sites: tuple[Site, ...], verdict: Judgement, plan: Plan, ledger: _Ledger) -> None:
+def _blame_rows(play: _Play, sites: tuple[Site, ...], verdict: Judgement) -> None:
     """Say of each row without a weight why it has none."""
+    plan, ledger = play.plan, play.ledger
     for row, site in enumerate(sites):
         if row in verdict.findings:
             finding = verdict.findings[row]
-            ledger.blame(SiteFault(site, finding.code, finding.reason))
+            ledger.blame(SiteFault(site, finding.code, finding.reason, finding.proven))
         elif site == plan.reference:
             ledger.blame(SiteFault(site, "reference", "served as the reference, not as a voice", proven=False))
         elif verdict.weights[row] == 0.0:
@@ -326,14 +340,29 @@ def _blame_rows(sites: tuple[Site, ...], verdict: Judgement, plan: Plan, ledger:
             ledger.blame(SiteFault(site, "rule", sentence, proven=False))
 
 
-def _enough(plan: Plan, context: RoundContext, usable: int, ledger: _Ledger) -> int:
+def _proven(play: _Play) -> int:
+    """How many sites may be counted off f: those proven malicious, where messages carry their sender's signature.
+
+    Without signatures a malicious node can send rubbish in an honest site's name, and would lower f by it.
+    """
+    return sum(fault.proven for fault in play.ledger.faults.values()) if play.suite.signs else 0
+
+
+def _enough(play: _Play, usable: int) -> int:
     """F less the sites proven malicious in this round.
 
     Raises:
         RoundFailed: with so few usable updates the rule cannot tolerate that many.
     """
-    proven = sum(fault.proven for fault in ledger.faults.values())
-    left = max(0, plan.tolerate - proven)
+    plan, context, ledger = play.plan, play.context, play.ledger
+    proven = _proven(play)
+    left = plan.tolerate - proven
+    if left < 0:
+        raise RoundFailed(
+            f"{proven} sites left the protocol, more than the {plan.tolerate} that may be malicious, so that nothing "
+            "in this round can be trusted; the model stays as it was",
+            _faults(ledger),
+        )
     # A reference row is a voice of its own kind, not one of the sites that are judged.
     need = plan.rule.minimum_sites(left) + (plan.reference is not None)
     if usable < need:
@@ -345,28 +374,20 @@ def _enough(plan: Plan, context: RoundContext, usable: int, ledger: _Ledger) -> 
     return left
 
 
-def _open(
-    plan: Plan,
-    network: Network,
-    context: RoundContext,
-    uploads: Mapping[Site, Any],
-    selection: _Selection,
-    ledger: _Ledger,
-    traffic: Traffic,
-) -> NDArray[np.float64]:
+def _open(play: _Play, uploads: Mapping[Site, Any], selection: _Selection) -> NDArray[np.float64]:
     """Phase 3: the opened weighted sum, checked against what the Gram matrix predicts."""
+    plan, suite, context, ledger = play.plan, play.suite, play.context, play.ledger
     if plan.rule.needs == "updates":
         # Only the clear suite gets here (parse_rule refuses the others), where an upload is its blocks.
         matrix = np.stack([np.concatenate(uploads[site].blocks) for site in selection.kept])
         return plan.rule.aggregate(matrix, selection.tolerate)
-    ask = _asker(plan, network, context, ledger, traffic)
     # Only sites in good standing are asked to open.
     standing = {site: uploads[site] for site in selection.kept}
-    opened = run_dialogue(plan.suite.combine(context, standing, selection.weights, plan.random_bytes), ask)
+    opened = run_dialogue(suite.combine(context, standing, selection.weights, plan.random_bytes), _asker(play))
     # A site that lies while the sum is opened is outvoted; its own update was measured and selected before.
     ledger.notes.extend(str(fault) for fault in opened.faults.values())
     vector = np.array([selection.weights.get(site, 0.0) for site in selection.kept])
-    tolerance, floor = plan.suite.ratio_tolerance(context), plan.suite.noise_floor(context, selection.weights)
+    tolerance, floor = suite.ratio_tolerance(context), suite.noise_floor(context, selection.weights)
     check_opened(opened.total, vector, selection.gram, tolerance, floor)
     return opened.total
 
@@ -385,14 +406,8 @@ def _faults(ledger: _Ledger) -> dict[str, Refusal]:
     return dict(ledger.faults)
 
 
-def _record(
-    context: RoundContext,
-    weights: dict[Site, float],
-    failed: str | None,
-    ledger: _Ledger,
-    traffic: Traffic,
-    seconds: dict[str, float],
-) -> RoundRecord:
+def _record(play: _Play, weights: dict[Site, float], failed: str | None, seconds: dict[str, float]) -> RoundRecord:
+    context, ledger, traffic = play.context, play.ledger, play.traffic
     rejected = tuple(site for site in context.sites if site not in weights)
     unsaid = SiteFault("", "round-failed", failed or "not used", proven=False)
     faults = {site: ledger.faults.get(site, unsaid) for site in rejected}

@@ -19,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -40,6 +39,8 @@ log = logging.getLogger("flwr.quorsum")
 
 # Nodes connect one after the other; the roster is taken when enough are there.
 NODE_PAUSE = 0.2
+# Leaves room for the node's number in a name of at most 128 characters.
+NAME_LENGTH = 100
 # Flower's name for a count that weighs replies; it is no measure of the model.
 EXAMPLES = "num-examples"
 
@@ -56,7 +57,7 @@ class _Roster:
     """
 
     network: Network
-    suite: CoordinatorSuite[Any]
+    suite: CoordinatorSuite
     keys: Mapping[Site, tuple[str, bytes]]
     left_out: list[SiteFault]
 
@@ -69,7 +70,7 @@ class QuorumStrategy:
         rule: name of the robust rule, pre-aggregators first: ``"nnm+multi-krum"``, ``"mean"``, ...
         tolerate: f, how many sites may be malicious. None takes as many as the rule can with the sites present.
         collude: tau, how many sites may pool what they know with a malicious coordinator, for suites that hide updates
-            from such a coordinator. None takes as many as ``tolerate``.
+            from such a coordinator. None takes as many as ``tolerate``, and at least one.
         min_available_nodes: how many nodes to wait for before the roster is taken.
         clip: whether sites clip their update to the reference norm C, which follows the median norm of accepted
             updates (at most a factor of two per round). By default where the suite combines with equal weights only:
@@ -87,7 +88,7 @@ class QuorumStrategy:
 
     def __init__(
         self,
-        suite: CoordinatorSuite[Any],
+        suite: CoordinatorSuite,
         *,
         rule: str = "nnm+multi-krum",
         tolerate: int | None = None,
@@ -109,6 +110,11 @@ class QuorumStrategy:
         self.rule = parse_rule(rule, suite=suite.name)
         if self.rule.needs_reference and reference is None:
             raise UsageError(f"rule {rule!r} needs a reference: name a trusted site with reference=...")
+        if suite.selects and (self.rule.needs_generator or self.rule.needs_reference):
+            raise UsageError(
+                f"suite {suite.name!r} has every site repeat the selection, which {rule!r} does not allow: "
+                "it draws at random or needs a reference row; use for instance 'spectral'"
+            )
         self.tolerate = tolerate
         self.collude = collude
         self.min_available_nodes = min_available_nodes
@@ -150,25 +156,27 @@ class QuorumStrategy:
             keys=roster.keys,
             rule=self.rule,
             tolerate=tolerate,
-            collude=tolerate if self.collude is None else self.collude,
+            collude=self._colluding(tolerate),
             clip=self.clip,
             sketches=self.sketches,
             reference=self.reference,
             random_bytes=self.random_bytes,
             on_phase=self.on_phase,
         )
-        model, unit = initial_arrays, first_unit(initial_arrays)
+        model, unit, sketches = initial_arrays, first_unit(initial_arrays), self.sketches
         result = QuorumResult(arrays=model)
         _evaluate_centrally(evaluate_fn, 0, model, result)
         for number in range(1, num_rounds + 1):
             config = ConfigRecord({**(train_config or {}), "server-round": number})
-            outcome = play_round(plan, network, number, model, unit, config)
+            outcome = play_round(replace(plan, sketches=sketches), network, number, model, unit, config)
             model, unit = outcome.model, outcome.unit
+            # More sketches for one round after somebody may have hidden from them.
+            sketches = outcome.sketches if outcome.record.failed else self.sketches
             self.on_phase(number, "evaluate")
             metrics = _evaluate_centrally(evaluate_fn, number, model, result)
             if self.fraction_evaluate > 0:
                 asked = ConfigRecord({**(evaluate_config or {}), "server-round": number})
-                at_sites = self._evaluate_at_sites(network, number, model, asked)
+                at_sites = self._evaluate_at_sites(network, number, model, asked, tolerate)
                 result.evaluate_metrics_clientapp[number] = MetricRecord(dict(at_sites))
                 metrics = {**at_sites, **metrics}
             record = replace(outcome.record, metrics=metrics)
@@ -199,7 +207,9 @@ class QuorumStrategy:
         introduced: dict[Site, tuple[str, bytes]] = {}
         for label in sorted(introductions, key=labels.__getitem__):
             introduction, public_key = introductions[label]
-            name = introduction.site if introduction.site not in members else f"{introduction.site}#{labels[label]}"
+            name = introduction.site
+            if name in members:
+                name = f"{name[:NAME_LENGTH]}#{labels[label]}"
             members[name] = labels[label]
             introduced[name] = (introduction.key_id, public_key)
         suite, refused = self.suite.adopt(introduced)
@@ -219,40 +229,51 @@ class QuorumStrategy:
         """F of this run.
 
         Raises:
-            BoundError: the rule cannot tolerate that many with the sites present.
+            BoundError: rule and suite cannot tolerate that many with the sites present.
         """
         if self.tolerate is None:
-            judged = sites - (self.reference is not None)
-            able = [f for f in range(sites) if 2 * f < sites and self.rule.minimum_sites(f) <= judged]
+            able = [f for f in range(sites) if self._least_sites(f) <= sites]
             if not able:
                 raise BoundError(
-                    f"{self.rule.name} needs at least {self.rule.minimum_sites(0)} sites, {sites} are there; "
-                    "connect more or choose another rule"
+                    f"{self.rule.name} under {self.suite.name} needs at least {self._least_sites(0)} sites, {sites} "
+                    "are there; connect more or choose another rule"
                 )
             return max(able)
-        need = max(self.rule.minimum_sites(self.tolerate) + (self.reference is not None), 2 * self.tolerate + 1)
+        need = self._least_sites(self.tolerate)
         if sites < need:
             raise BoundError(
-                f"{self.rule.name} needs at least {need} sites to tolerate {self.tolerate} malicious ones, "
-                f"{sites} are there; connect more, tolerate fewer, or choose another rule"
+                f"{self.rule.name} under {self.suite.name} needs at least {need} sites to tolerate {self.tolerate} "
+                f"malicious ones, {sites} are there; connect more, tolerate fewer, or choose another rule"
             )
         return self.tolerate
 
+    def _least_sites(self, tolerate: int) -> int:
+        judged = self.rule.minimum_sites(tolerate) + (self.reference is not None)
+        return max(judged, self.suite.least_sites(tolerate, self._colluding(tolerate)))
+
+    def _colluding(self, tolerate: int) -> int:
+        """Tau: as many as f, and at least one."""
+        return max(1, tolerate) if self.collude is None else self.collude
+
     def _evaluate_at_sites(
-        self, network: Network, number: int, model: ArrayRecord, config: ConfigRecord
+        self, network: Network, number: int, model: ArrayRecord, config: ConfigRecord, tolerate: int
     ) -> dict[str, float]:
         """Median over the sites of every metric they report: a site that lies moves it little, a weighted mean much."""
         names = sorted(network.nodes)
-        chosen = names[: max(1, math.ceil(self.fraction_evaluate * len(names)))]
+        draw = np.random.default_rng(int.from_bytes(self.random_bytes(16), "little"))
+        size = max(1, math.ceil(self.fraction_evaluate * len(names)))
+        chosen = [names[k] for k in sorted(draw.choice(len(names), size, replace=False))]
         content = RecordDict({"arrays": model, "config": config})
-        values: dict[str, list[float]] = {}
-        for _, reply in network.exchange(dict.fromkeys(chosen, content), f"{number}", Traffic(), "evaluate"):
+        votes: dict[str, dict[Site, float]] = {}
+        for site, reply in network.exchange(dict.fromkeys(chosen, content), f"{number}", Traffic(), "evaluate"):
             if isinstance(reply, RecordDict):
                 for record in reply.metric_records.values():
                     for name, value in record.items():
                         if name != EXAMPLES and isinstance(value, int | float) and math.isfinite(value):
-                            values.setdefault(name, []).append(float(value))
-        return {name: statistics.median(seen) for name, seen in values.items()}
+                            # One vote per site and measure: the first.
+                            votes.setdefault(name, {}).setdefault(site, float(value))
+        # A measure that no more sites report than may be malicious may be invented.
+        return {name: statistics.median(seen.values()) for name, seen in votes.items() if len(seen) > tolerate}
 
 
 def first_unit(model: ArrayRecord) -> float:

@@ -93,11 +93,11 @@ class World:
         return ArrayRecord(network.state_dict())
 
 
-def client_app(world: World, make_suite: Callable[[], SiteSuite], random_bytes: RandomBytes) -> ClientApp:
+def client_app(world: World, make_suite: Callable[[int], SiteSuite], random_bytes: RandomBytes) -> ClientApp:
     """The ClientApp that every node of a simulated federation runs; who is who follows from the partition."""
-    honest = seal(lambda _: make_suite(), random_bytes=random_bytes)
+    honest = seal(lambda node: make_suite(_partition(node)), random_bytes=random_bytes)
     nan = world.attack.name == "nan"
-    malicious = seal(lambda _: AttackerSuite(make_suite(), nan=nan), random_bytes=random_bytes)
+    malicious = seal(lambda node: AttackerSuite(make_suite(_partition(node)), nan=nan), random_bytes=random_bytes)
     attacker = Attacker(world)
 
     def outer(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any, TypeAlias
@@ -19,9 +19,20 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from quorsum.aggregation import parse_rule
-from quorsum.crypto import CkksCoordinator, CkksSite, CkksSiteKey, PlainCoordinator, PlainSite, generate_site_key
+from quorsum.crypto import (
+    CkksCoordinator,
+    CkksSite,
+    CkksSiteKey,
+    Identity,
+    PlainCoordinator,
+    PlainSite,
+    SealedCoordinator,
+    SealedSite,
+    generate_site_key,
+)
 from quorsum.crypto.suite import CoordinatorSuite, SiteSuite
 from quorsum.errors import BoundError, UsageError
+from quorsum.selection import select
 from quorsum.server import QuorumResult, QuorumStrategy, RoundRecord
 from quorsum.simulation.attacks import parse_attack
 from quorsum.simulation.data import Dataset, load_dataset
@@ -33,7 +44,9 @@ from quorsum.simulation.partition import partition
 __all__ = ["RUNTIMES", "SUITES", "Simulation", "simulate"]
 
 SCHEMA_VERSION = 1
-SUITES = ("ckks", "plain")
+SUITES = ("sealed", "ckks", "plain")
+# The rule of each suite where none is asked for: sealed opens plain means only, so it clips and then filters.
+DEFAULT_RULE = {"sealed": "spectral", "ckks": "nnm+multi-krum", "plain": "nnm+multi-krum"}
 RUNTIMES = ("local", "ray")
 MAX_SITES = 500
 
@@ -50,12 +63,12 @@ class Simulation:
         sites: n, number of sites.
         poisoned: how many of them are malicious; which ones, the seed decides.
         attack: what the malicious ones do, such as ``"sign-flip:strength=8"``.
-        rule: the robust rule.
+        rule: the robust rule; None takes the usual one of the suite.
         tolerate: f; None takes as many as are poisoned.
-        suite: ``"ckks"`` or ``"plain"``.
+        suite: ``"sealed"``, ``"ckks"`` or ``"plain"``.
         rounds: how many.
         alpha: Dirichlet concentration of the partition, or None for iid.
-        clip: whether sites clip their updates to the moving reference norm.
+        clip: whether sites clip their updates to the moving reference norm; None takes what the suite needs.
         seed: decides data split, partition, who is poisoned, initial model, training and attacks.
         runtime: ``"local"`` (threads of this process) or ``"ray"`` (Flower's simulation runtime).
         epochs: local epochs per round; None takes what suits the model.
@@ -71,12 +84,12 @@ class Simulation:
     sites: int = 10
     poisoned: int = 2
     attack: str = "sign-flip"
-    rule: str = "nnm+multi-krum"
+    rule: str | None = None
     tolerate: int | None = None
-    suite: str = "ckks"
+    suite: str = "sealed"
     rounds: int = 15
     alpha: float | None = None
-    clip: bool = False
+    clip: bool | None = None
     seed: int = 1
     runtime: str = "local"
     epochs: int | None = None
@@ -106,17 +119,19 @@ class Simulation:
         if self.runtime not in RUNTIMES:
             raise UsageError(f"no runtime is called {self.runtime!r}; known: {', '.join(RUNTIMES)}")
         parse_attack(self.attack)
-        rule = parse_rule(self.rule, suite=self.suite)
+        rule = parse_rule(self.rule or DEFAULT_RULE[self.suite], suite=self.suite)
         if rule.needs_reference:
-            raise UsageError(f"rule {self.rule!r} needs a trusted reference site, which a simulation does not have")
+            raise UsageError(f"rule {rule.name!r} needs a trusted reference site, which a simulation does not have")
         tolerate = self.poisoned if self.tolerate is None else self.tolerate
-        need = max(rule.minimum_sites(tolerate), 2 * tolerate + 1)
+        coordinator = _coordinator(self.suite)
+        need = max(rule.minimum_sites(tolerate), coordinator.least_sites(tolerate, max(1, tolerate)))
         if self.sites < need:
             raise BoundError(
-                f"{self.rule} needs at least {need} sites to tolerate {tolerate} malicious ones, got {self.sites}; "
-                "raise --sites or lower --tolerate"
+                f"{rule.name} under {self.suite} needs at least {need} sites to tolerate {tolerate} malicious ones, "
+                f"got {self.sites}; raise --sites or lower --tolerate"
             )
-        return Simulation(**{**asdict(self), "tolerate": tolerate})
+        clip = coordinator.selects if self.clip is None else self.clip
+        return replace(self, rule=rule.name, tolerate=tolerate, clip=clip)
 
 
 def simulate(
@@ -134,12 +149,10 @@ def simulate(
     """
     settings = settings.checked()
     world = world or build_world(settings)
-    key = generate_site_key(os.urandom) if settings.suite == "ckks" else None
-    app = client_app(world, partial(_site_suite, key), os.urandom)
-    coordinator: CoordinatorSuite[Any] = PlainCoordinator() if key is None else CkksCoordinator()
+    app = client_app(world, _site_suites(settings), os.urandom)
     strategy = QuorumStrategy(
-        coordinator,
-        rule=settings.rule,
+        _coordinator(settings.suite),
+        rule=str(settings.rule),
         tolerate=settings.tolerate,
         min_available_nodes=settings.sites,
         clip=settings.clip,
@@ -241,12 +254,40 @@ def _evaluated(world: World, model: ArrayRecord) -> MetricRecord:
     return MetricRecord(dict(evaluate(network, world.data.test_x, world.data.test_y)))
 
 
-def _site_suite(key: CkksSiteKey | None) -> SiteSuite:
-    return PlainSite() if key is None else _ckks_site(key.to_bytes())
+def _coordinator(suite: str) -> CoordinatorSuite:
+    ends: dict[str, CoordinatorSuite] = {
+        "sealed": SealedCoordinator(select),
+        "ckks": CkksCoordinator(),
+        "plain": PlainCoordinator(),
+    }
+    return ends[suite]
+
+
+def _site_suites(settings: Simulation) -> Callable[[int], SiteSuite]:
+    """What makes the suite of each partition. It holds keys as bytes, so that it can go to another process."""
+    if settings.suite == "sealed":
+        identities = tuple(Identity.generate(os.urandom).to_bytes() for _ in range(settings.sites))
+        return partial(_sealed_site, identities)
+    if settings.suite == "ckks":
+        return partial(_ckks_site, generate_site_key(os.urandom).to_bytes())
+    return _plain_site
+
+
+def _plain_site(partition: int) -> PlainSite:
+    return PlainSite()
+
+
+def _sealed_site(identities: tuple[bytes, ...], partition: int) -> SealedSite:
+    # Simulated data are nobody's secret, so that small models are accepted.
+    return SealedSite(Identity.from_bytes(identities[partition]), select, accept_small_models=True)
+
+
+def _ckks_site(key: bytes, partition: int) -> CkksSite:
+    return _loaded_ckks_site(key)
 
 
 @lru_cache(maxsize=4)
-def _ckks_site(key: bytes) -> CkksSite:
+def _loaded_ckks_site(key: bytes) -> CkksSite:
     # Setting up a TenSEAL context takes a tenth of a second; a Ray worker plays many sites with the same key.
     return CkksSite(CkksSiteKey.from_bytes(key))
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The leaf that everybody may import, and what else each room may import of quorsum and of other packages.
 LEAF = "quorsum.errors"
-SHARED = {"quorsum.messages", "quorsum.arrays"}
+SHARED = {"quorsum.messages", "quorsum.arrays", "quorsum.selection"}
 ALLOWED = {
     "aggregation": (set(), {"numpy"}),
     "crypto": (set(), {"numpy", "scipy", "tenseal", "flint", "cryptography"}),
