@@ -115,8 +115,8 @@ def check_gram(
     """Name the rows of a Gram matrix that must be dropped before a rule is applied.
 
     In order: rows that are not finite; rows with a negative squared norm; rows beyond the norm bound; rows that
-    violate Cauchy-Schwarz or symmetry with more than f others, f less the rows proven malicious before. Whether the rest is
-    positive semidefinite is reported and accuses nobody.
+    violate Cauchy-Schwarz or symmetry with more than f others, f less the rows proven malicious before. Whether the
+    rest is positive semidefinite is reported and accuses nobody.
 
     Args:
         gram: shape (n, n), real; entries may be anything.

@@ -3,8 +3,8 @@
 Measuring. The B ciphertexts of each upload are added up with random signs, r times, drawn once all uploads are
 in: ``z_i^k = sum_b s_kb ct_ib``. Whole ciphertexts get a sign, so this needs no rotation key, and over the signs
 ``E <z_i, z_j> = <x_i, x_j>``. For all pairs i <= j, ``P_ij = sum_k z_i^k z_j^k`` (plus, for i = j, a probe, see
-``ckks_probe``) is masked (see ``ckks_mask``) and sent to all sites, who return the noisy sum of its slots. What f + 1 of
-them say is believed.
+``ckks_probe``) is masked (see ``ckks_mask``) and sent to all sites, who return the noisy sum of its slots. What
+f + 1 of them say is believed.
 
 Combining. ``sum_i w_i ct_i`` is sent to 2 f + 1 sites, or to all where there are fewer; if those do not agree, to
 the rest as well.
@@ -193,7 +193,7 @@ class CkksCoordinator:
         Every entry carries noise of standard deviation 2^-12 unit^2, so the matrix may be indefinite by that much.
 
         Returns (by the dialogue):
-            rows for all uploads that could be sketched. ``faults`` has ``vanishing`` (left out of the rows),
+            rows for all uploads that could be multiplied. ``faults`` has ``vanishing`` (left out of the rows),
             ``silent``, ``wrong-shape`` and ``outvoted`` (the answer was bad, the row is there).
 
         Raises:

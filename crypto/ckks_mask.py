@@ -48,7 +48,7 @@ _BLUR = 2.0**20
 @cache
 def _twist() -> NDArray[np.complex128]:
     """``exp(i pi t / N)``, which turns values at odd powers of the root into a discrete Fourier transform."""
-    return np.exp(1j * np.pi * np.arange(CKKS_V1.degree) / CKKS_V1.degree)
+    return np.asarray(np.exp(1j * np.pi * np.arange(CKKS_V1.degree) / CKKS_V1.degree), dtype=np.complex128)
 
 
 @cache

@@ -54,7 +54,7 @@ class Probe:
         Raises:
             RuntimeError: the library refuses a result whose second polynomial is zero.
         """
-        # noise: 2^9 sqrt(B) / 4 of encryption, on 2^40
+        # noise: 2^7 sqrt(B) of encryption in each term, on 2^40
         total, *others = [weights * sketch for weights, sketch in zip(self.sketches, sketches, strict=True)]
         if self.padding is not None:
             others.append(self.padding * load_ciphertext(worker, last, size=2, moduli=2))
@@ -64,22 +64,30 @@ class Probe:
 
 
 def draw_probe(worker: Context, context: RoundContext, random_bytes: RandomBytes) -> Probe:
-    """Draw weights for one measurement, uniform between -2^13 and 2^13, and encrypt them.
+    """Draw weights for one measurement, uniform between -2^13 and 2^13 (r times that for the padding), and encrypt them.
 
     Args:
         worker: with the public key.
         context: the round.
         random_bytes: source of 16 KiB for each sketch and 16 KiB for the padding.
     """
-    padding = _weights(random_bytes)
+    # The sites divide by r what they open, and the padding is not in every sketch.
+    padding = _weights(random_bytes) * sketch_count(context)
     padding[: context.dimension - (ciphertext_count(context) - 1) * CKKS_V1.slots] = 0.0
-    imaginary = [1j * _weights(random_bytes) for _ in range(sketch_count(context))]
+    imaginary = [_weights(random_bytes) for _ in range(sketch_count(context))]
     if ciphertext_count(context) == 1:
-        return Probe((encrypt_complex(worker, imaginary[0] + padding),), None)
+        return Probe((_encrypted(worker, padding, imaginary[0]),), None)
+    nothing = np.zeros(CKKS_V1.slots)
     return Probe(
-        tuple(encrypt_complex(worker, weights) for weights in imaginary),
-        encrypt_complex(worker, padding.astype(np.complex128)) if padding.any() else None,
+        tuple(_encrypted(worker, nothing, weights) for weights in imaginary),
+        _encrypted(worker, padding, nothing) if padding.any() else None,
     )
+
+
+def _encrypted(worker: Context, real: NDArray[np.float64], imaginary: NDArray[np.float64]) -> CipherVector:
+    slots = np.empty(CKKS_V1.slots, dtype=np.complex128)
+    slots.real, slots.imag = real, imaginary
+    return encrypt_complex(worker, slots)
 
 
 def _weights(random_bytes: RandomBytes) -> NDArray[np.float64]:

@@ -155,6 +155,7 @@ class _View:
     found: Geometry
     accepted: tuple[Site, ...]
     holders: tuple[Site, ...]
+    informed: tuple[Site, ...]
     left: int
     seed: bytes
     points: Mapping[Site, tuple[bytes, bytes]]
@@ -305,18 +306,31 @@ class SealedRound:
         }
         blocks = [checks[site][2] for site in context.sites if site in checks]
         question = pack_message(gram_head, *blocks)
-        replies = yield Ask("gram", {site: question for site in holders if site in views})
+        replies = yield Ask("gram", dict.fromkeys(views, question))
+        # Who has left as a holder gives no points, and signs a ticket all the same: a quorum is counted among all.
+        informed = tuple(replies)
+        replies = {site: blocks for site, blocks in replies.items() if site in holders}
         points, signed = self._read_points(context, view, accepted, replies, faults)
         found = geometry(context, accepted, points, elimination.f_left, random_bytes)
 
+        # One side of a dispute may be honest, so that a dispute proves nothing.
+        for smaller, larger in elimination.edges:
+            a, b = context.sites[smaller - 1], context.sites[larger - 1]
+            faults[a] = SiteFault(a, "dispute", f"in dispute with {b}", proven=False)
+            faults[b] = SiteFault(b, "dispute", f"in dispute with {a}", proven=False)
         faults |= {
-            site: SiteFault(site, "dispute", "its sharing was not accepted") for site in dealers if site not in accepted
+            site: SiteFault(site, "dispute", "its sharing was not accepted", proven=False)
+            for site in dealers
+            if site in checks and site not in accepted
         }
+        for site in dealers:
+            if site not in checks:
+                faults.setdefault(site, SiteFault(site, "no-view", "did not sign the view", proven=False))
         faults |= {site: SiteFault(site, "inconsistent", reason) for site, reason in found.reasons.items()}
         faults |= {
             site: SiteFault(site, "wrong-points", "gave wrong points of the Gram matrix") for site in found.liars
         }
-        self._fixed = _View(view, found, accepted, holders, elimination.f_left, seed, signed)
+        self._fixed = _View(view, found, accepted, holders, informed, elimination.f_left, seed, signed)
         return Measured(found.sites, found.gram, faults, found.tolerate)
 
     def _fix_root(
@@ -452,7 +466,7 @@ class SealedRound:
         given = [site for site in fixed.holders if site in fixed.points]
         head = {"given": given, "points": {site: fixed.points[site][0].hex() for site in given}}
         question = pack_message(head, *[fixed.points[site][1] for site in given])
-        replies = yield Ask("ticket", dict.fromkeys(given, question))
+        replies = yield Ask("ticket", dict.fromkeys(fixed.informed, question))
         tickets: dict[Site, bytes] = {}
         for site, blocks in replies.items():
             try:

@@ -120,6 +120,10 @@ def settle_disputes(
 ) -> tuple[Elimination, tuple[Site, ...], tuple[Site, ...]]:
     """Who remains a holder and whose sharing is accepted, by the fixed rule of player elimination.
 
+    A check answer is signed over the view, by a site that has found its own submission under the root and its own
+    sketch in the view. A dealer without one is not accepted: the coordinator may have made up its submission, or its
+    sketch, and every made-up sketch would show a number of its choice about every other.
+
     Returns:
         the elimination, the holders, and the accepted dealers, both in roster order.
 
@@ -132,7 +136,7 @@ def settle_disputes(
     words = judge_dealers(bounds, [number[site] for site in dealers], numbered)
     result = eliminate(bounds, words, numbered)
     holders = tuple(site for site in context.sites if number[site] in result.holders)
-    accepted = tuple(site for site in dealers if number[site] in result.dealers)
+    accepted = tuple(site for site in dealers if site in answers and number[site] in result.dealers)
     return result, holders, accepted
 
 
@@ -149,7 +153,8 @@ def geometry(
         context: the round.
         dealers: the accepted dealers, m of them.
         points: from each holder that answered, its m (m + 1) / 2 points.
-        tolerate: f less the edges removed by elimination.
+        tolerate: f less the edges removed by elimination: how many holders may lie. Of the dealers up to f may still be
+            malicious, since a dispute costs a site its place as a holder and not its update.
         random_bytes: source of the decoder's combination; the result does not depend on it.
 
     Raises:
@@ -164,7 +169,7 @@ def geometry(
     for (i, j), value in zip(pairs_of(dealers), field.centred(decoded.values), strict=True):
         exact[i][j] = exact[j][i] = int(value)
     scale = scale_of(context)
-    verdict = exact_checks(exact, norm_gate(context.unit, scale, context.sketches, block_count(context)), tolerate)
+    verdict = exact_checks(exact, norm_gate(context.unit, scale, context.sketches, block_count(context)), context.tolerate)
     rows = verdict.rows
     if not rows:
         raise RoundFailed("no update of this round can be used")

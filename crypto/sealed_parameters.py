@@ -31,7 +31,7 @@ class SealedParameters:
     """One frozen set of parameters.
 
     Security is that of ring learning with errors as estimated by the lattice estimator (commit 27a581b) for the secret
-    and error that remain after a sum over two honest sites has been opened: a quarter of the variance goes into the
+    and error that remain after a sum over two honest sites has been opened: half of the variance goes into the
     hint, so keys of deviation 4.53 and errors of 6.40 count as 3.18 and 4.5.
 
     Attributes:

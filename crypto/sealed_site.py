@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +122,7 @@ class _State:
             with np.load(io.BytesIO(data), allow_pickle=False) as parts:
                 facts = json.loads(parts["facts"].tobytes())
                 return cls(facts, parts["own"].tobytes(), parts["shares"], parts["points"], parts["zeros"])
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             raise CoordinatorFault("unknown-round", "nothing was sealed in this round") from None
 
 
@@ -137,11 +138,14 @@ class SealedSite:
         select: the robust selection, the same function as at the coordinator.
         accept_small_models: whether models with fewer than 32 N parameters are sealed, where a malicious coordinator
             and tau sites learn more of an update (docs/spec/sealed-round.md, section 6).
+        least_collude: the smallest tau of a round this site takes part in; the coordinator chooses tau, and with a
+            small one few colluding sites open an update.
     """
 
     identity: Identity
     select: Select = dataclass_field(repr=False)
     accept_small_models: bool = False
+    least_collude: int = 1
 
     @property
     def name(self) -> str:
@@ -178,6 +182,10 @@ class SealedSite:
         check_update(context, update)
         number = self._number(context)
         bounds = _acceptable(context)
+        if bounds.tau < self.least_collude:
+            raise CoordinatorFault(
+                "wrong-bound", f"a round with tau = {bounds.tau}, this site's policy asks for {self.least_collude}"
+            )
         if small_model(context.dimension) and not self.accept_small_models:
             raise UsageError(f"{SEALED_V1.small_model_sentence(context.dimension)}; accept that by name, or use ckks")
         digest = context.digest()
@@ -375,20 +383,23 @@ class SealedSite:
         if own not in answers:
             raise CoordinatorFault("own-answer-missing", "this site's own check answer is not among those given")
         elimination, holders, accepted = settle_disputes(context, dealers, answers)
+        least = bounds_of(context).smallest_set
+        if len(accepted) < least:
+            raise CoordinatorFault("too-few-dealers", f"{len(accepted)} updates would be measured, less than {least}")
+        facts = {"accepted": list(accepted), "holders": list(holders), "left": elimination.f_left}
         if own not in holders:
-            raise CoordinatorFault("not-a-holder", "this site has left the round as a holder after a dispute")
+            # It has left as a holder after a dispute and gives no points; it still signs a ticket, for a quorum is
+            # counted among all who were invited.
+            return state.with_facts(**facts), pack_message({})
         chosen = [dealers.index(site) for site in accepted]
         at = {pair: place for place, pair in enumerate(pairs_of(dealers))}
         rows = np.array([at[chosen[i], chosen[j]] for i, j in pairs_of(accepted)])
-        number = {site: place for place, site in enumerate(context.sites)}
-        masks = [
-            field.add(state.zeros[chosen[i], number[accepted[j]]], state.zeros[chosen[j], number[accepted[i]]])
-            for i, j in pairs_of(accepted)
-        ]
+        first, second = np.array([(chosen[i], chosen[j]) for i, j in pairs_of(accepted)]).T
+        columns = np.array([context.sites.index(site) for site in dealers])
+        masks = field.add(state.zeros[first, columns[second]], state.zeros[second, columns[first]])
         # <z_i, z_j> + b_ij + b_ji
-        points = field.add(state.points[rows], np.array(masks, dtype=np.uint64))
+        points = field.add(state.points[rows], masks)
         signature = self.identity.sign(*points_statement(context, view, accepted, field.to_bytes(points)))
-        facts = {"accepted": list(accepted), "holders": list(holders), "left": elimination.f_left}
         return state.with_facts(**facts), pack_message({"signature": signature.hex()}, points)
 
     def _ticket(
@@ -409,6 +420,8 @@ class SealedSite:
         self, context: RoundContext, state: _State, question: Blocks, random_bytes: RandomBytes, upload: Blocks
     ) -> tuple[_State, Blocks]:
         """Verify Q tickets for the set this site found itself; return its share of the sum of the keys, once."""
+        if self._name(context) not in state.facts["holders"]:
+            raise CoordinatorFault("not-a-holder", "this site has left the round as a holder after a dispute")
         head = read_head(question, 0)
         chosen = read_names(head, "selected", context.sites)
         if list(chosen) != state.facts["selected"]:
@@ -538,10 +551,23 @@ def _certified(context: RoundContext, label: str, signatures: Mapping[Site, byte
 
 
 def _acceptable(context: RoundContext) -> Any:
+    """The bounds of a round that this site may take part in.
+
+    Raises:
+        CoordinatorFault: ``wrong-bound``; or ``wrong-roster``: names or keys that can be read in two ways, since what
+            is signed about a set is its names, one per line, and who has signed is counted by keys.
+    """
+    if any(not site.isprintable() or not site for site in context.sites):
+        raise CoordinatorFault("wrong-roster", "a name in the roster is empty or holds a control character")
     try:
-        return bounds_of(context)
+        bounds = bounds_of(context)
+        for key in context.keys:
+            PublicIdentity.from_hex(key)
     except UsageError as error:
         raise CoordinatorFault("wrong-bound", str(error)) from None
+    except Refusal as refusal:
+        raise CoordinatorFault("wrong-roster", f"a key in the roster: {refusal.message}") from None
+    return bounds
 
 
 def _in_order(state: _State, phase: str) -> None:

@@ -106,7 +106,7 @@ def simulate(
     attack: Annotated[
         str,
         typer.Option(
-            help="none, sign-flip, scaling, gaussian, label-flip, alie, ipm, nan; parameters: sign-flip:strength=8"
+            help="none, sign-flip, scaling, gaussian, label-flip, alie, ipm, nan, or one on the protocol such as wrong-points"
         ),
     ] = "sign-flip",
     rule: Annotated[

@@ -26,8 +26,10 @@ from flwr.serverapp import Grid
 
 from quorsum import arrays, messages
 from quorsum.aggregation import parse_rule
+from quorsum.crypto import SealedCoordinator
 from quorsum.crypto.suite import CoordinatorSuite, RandomBytes, Site
 from quorsum.errors import BoundError, RoundFailed, SiteFault, UsageError
+from quorsum.selection import select
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import QuorumResult, RoundRecord
 from quorsum.server.round import Plan, expect, play_round
@@ -66,8 +68,9 @@ class QuorumStrategy:
     """Sealed, robust federated averaging.
 
     Args:
-        suite: the coordinator's end of a cipher suite. It must match the sites'.
-        rule: name of the robust rule, pre-aggregators first: ``"nnm+multi-krum"``, ``"mean"``, ...
+        suite: the coordinator's end of a cipher suite, ``sealed`` by default. It must match the sites'.
+        rule: name of the robust rule, pre-aggregators first: ``"spectral"``, ``"nnm+multi-krum"``, ``"mean"``, ...
+            By default spectral where sites repeat the selection, else nnm+multi-krum.
         tolerate: f, how many sites may be malicious. None takes as many as the rule can with the sites present.
         collude: tau, how many sites may pool what they know with a malicious coordinator, for suites that hide updates
             from such a coordinator. None takes as many as ``tolerate``, and at least one.
@@ -88,9 +91,9 @@ class QuorumStrategy:
 
     def __init__(
         self,
-        suite: CoordinatorSuite,
+        suite: CoordinatorSuite | None = None,
         *,
-        rule: str = "nnm+multi-krum",
+        rule: str | None = None,
         tolerate: int | None = None,
         min_available_nodes: int = 3,
         collude: int | None = None,
@@ -106,6 +109,8 @@ class QuorumStrategy:
             raise UsageError(f"fraction_evaluate must lie between 0 and 1, got {fraction_evaluate}")
         if tolerate is not None and tolerate < 0:
             raise UsageError(f"tolerate must be 0 or more, got {tolerate}")
+        suite = SealedCoordinator(select) if suite is None else suite
+        rule = rule or ("spectral" if suite.selects else "nnm+multi-krum")
         self.suite = suite
         self.rule = parse_rule(rule, suite=suite.name)
         if self.rule.needs_reference and reference is None:

@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quorsum.errors import UsageError
+from quorsum.simulation.protocol_attacks import PROTOCOL_ATTACKS
 
 __all__ = ["ATTACKS", "Attack", "AttackView", "alie_z_max", "parse_attack"]
 
@@ -93,14 +94,23 @@ class Attack:
     parameters: tuple[tuple[str, float], ...] = ()
 
     @property
+    def on_protocol(self) -> bool:
+        """Whether it attacks the sealed protocol itself (see ``protocol_attacks``), and not the update."""
+        return self.name in PROTOCOL_ATTACKS
+
+    @property
     def needs_honest(self) -> bool:
         """Whether the attacker must know the honest updates."""
-        return _KINDS[self.name].needs_honest
+        return self._kind.needs_honest
 
     @property
     def on_data(self) -> bool:
         """Whether it poisons the labels that a site trains on, and not the update."""
-        return _KINDS[self.name].on_data
+        return self._kind.on_data
+
+    @property
+    def _kind(self) -> _Kind:
+        return _KINDS.get(self.name, _HONEST_UPDATE)
 
     def __str__(self) -> str:
         """The text that ``parse_attack`` reads back, with all parameters that have a fixed value."""
@@ -117,7 +127,7 @@ class Attack:
         """
         if self.needs_honest and (view.honest is None or len(view.honest) == 0):
             raise UsageError(f"{self.name} needs the honest updates; fill AttackView.honest")
-        sent = _KINDS[self.name].send(view, dict(self.parameters))
+        sent = self._kind.send(view, dict(self.parameters))
         return sent.astype(view.own.dtype)
 
     def poison_labels(self, labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
@@ -139,11 +149,14 @@ def parse_attack(text: str) -> Attack:
     """
     name, _, rest = text.partition(":")
     name = name.strip()
-    if name not in _KINDS:
-        close = difflib.get_close_matches(name, ATTACKS, n=1)
+    if name not in _KINDS and name not in PROTOCOL_ATTACKS:
+        close = difflib.get_close_matches(name, [*ATTACKS, *PROTOCOL_ATTACKS], n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UsageError(f"no attack is called {name!r}{hint}; known: {', '.join(ATTACKS)}")
-    parameters = dict(_KINDS[name].defaults)
+        raise UsageError(
+            f"no attack is called {name!r}{hint}; known: {', '.join(ATTACKS)}; "
+            f"on the sealed protocol: {', '.join(PROTOCOL_ATTACKS)}"
+        )
+    parameters = dict(_KINDS.get(name, _HONEST_UPDATE).defaults)
     seen: set[str] = set()
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, _, value = (part.strip() for part in item.partition("="))
@@ -251,5 +264,8 @@ _KINDS: Mapping[str, _Kind] = MappingProxyType(
     }
 )
 
+# What leaves the protocol trains and learns as an honest site does.
+_HONEST_UPDATE = _Kind(_none)
+
 ATTACKS: tuple[str, ...] = tuple(_KINDS)
-"""The names that ``parse_attack`` knows."""
+"""The attacks on updates and data that ``parse_attack`` knows, besides those of ``protocol_attacks``."""

@@ -28,6 +28,7 @@ from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite, V
 from quorsum.simulation.attacks import Attack, AttackView
 from quorsum.simulation.data import Dataset
 from quorsum.simulation.models import build_model, train_locally
+from quorsum.simulation.protocol_attacks import PROTOCOL_ATTACKS
 
 __all__ = ["Training", "World", "client_app", "site_name"]
 
@@ -96,8 +97,7 @@ class World:
 def client_app(world: World, make_suite: Callable[[int], SiteSuite], random_bytes: RandomBytes) -> ClientApp:
     """The ClientApp that every node of a simulated federation runs; who is who follows from the partition."""
     honest = seal(lambda node: make_suite(_partition(node)), random_bytes=random_bytes)
-    nan = world.attack.name == "nan"
-    malicious = seal(lambda node: AttackerSuite(make_suite(_partition(node)), nan=nan), random_bytes=random_bytes)
+    malicious = seal(lambda node: _malicious(world.attack, make_suite(_partition(node))), random_bytes=random_bytes)
     attacker = Attacker(world)
 
     def outer(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -115,6 +115,13 @@ def client_app(world: World, make_suite: Callable[[int], SiteSuite], random_byte
         return Message(RecordDict({"arrays": trained, "metrics": metrics}), reply_to=message)
 
     return app
+
+
+def _malicious(attack: Attack, suite: SiteSuite) -> SiteSuite:
+    """A malicious site's end of a suite."""
+    if attack.on_protocol:
+        return PROTOCOL_ATTACKS[attack.name].wrap(suite)
+    return AttackerSuite(suite, nan=attack.name == "nan")
 
 
 class Attacker:
@@ -135,7 +142,12 @@ class Attacker:
         """Let the app train, then poison the difference."""
         reply = call_next(message, context)
         partition, attack = _partition(context), self.world.attack
-        if partition not in self.world.poisoned or attack.name in ("none", "nan") or attack.on_data:
+        if (
+            partition not in self.world.poisoned
+            or attack.name in ("none", "nan")
+            or attack.on_data
+            or attack.on_protocol
+        ):
             return reply
         model, number = _task(message)
         view = AttackView(

@@ -118,7 +118,8 @@ class Simulation:
             raise UsageError(f"no suite is called {self.suite!r}; known: {', '.join(SUITES)}")
         if self.runtime not in RUNTIMES:
             raise UsageError(f"no runtime is called {self.runtime!r}; known: {', '.join(RUNTIMES)}")
-        parse_attack(self.attack)
+        if parse_attack(self.attack).on_protocol and self.suite != "sealed":
+            raise UsageError(f"attack {self.attack!r} is one on the sealed protocol; use it with --suite sealed")
         rule = parse_rule(self.rule or DEFAULT_RULE[self.suite], suite=self.suite)
         if rule.needs_reference:
             raise UsageError(f"rule {rule.name!r} needs a trusted reference site, which a simulation does not have")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quorsum.aggregation import NonFiniteGramError, check_gram, copies, gram_matrix, parse_rule
-from quorsum.errors import UsageError
+from quorsum.aggregation import NonFiniteGramError, check_gram, copies, gram_matrix, judge, parse_rule
+from quorsum.errors import RoundFailed, UsageError
 
 
 def honest(n: int = 10, d: int = 20, seed: int = 0) -> np.ndarray:
@@ -164,6 +164,78 @@ def test_the_report_cannot_be_changed_and_the_input_is_not() -> None:
         report.findings[0] = report[1]  # type: ignore[index]
 
 
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.floats(-4, 1))
+def test_noise_of_opening_accuses_nobody(seed: int, exponent: float) -> None:
+    """From updates far below the noise, where nothing but noise is left, to those far above it."""
+    rng = np.random.default_rng(seed)
+    updates = honest(10, 20, seed) * 10**exponent
+    updates[3] = 0
+    updates[5] = updates[6]
+    off = np.triu(rng.normal(size=(10, 10)) * 2**-12)
+    gram = gram_matrix(updates) + off + np.triu(off, 1).T
+    report = check_gram(gram, 0, norm_bound=10**exponent, noise=2**-12)
+    assert dict(report) == {}
+    assert report.consistent
+    assert 3 in report.zeros
+
+
+def test_what_noise_cannot_explain_is_still_named() -> None:
+    noise = 1e-3
+    gram = gram_matrix(honest())
+    gram[1, 1] = -7 * noise
+    gram[2, 2] = 1 + 7 * noise
+    gram[4, [5, 6, 7]] = gram[[5, 6, 7], 4] = 1 + 13 * noise
+    report = check_gram(gram, 3, norm_bound=1.0, noise=noise)
+    assert {row: finding.code for row, finding in report.items()} == {
+        1: "negative-norm",
+        2: "norm-bound",
+        4: "inconsistent",
+    }
+    gram[1, :] = gram[:, 1] = 0.0
+    gram[1, 1], gram[2, 2] = -5 * noise, 1 + 5 * noise
+    gram[4, [5, 6, 7]] = gram[[5, 6, 7], 4] = 1 + 11 * noise
+    assert dict(check_gram(gram, 3, norm_bound=1.0, noise=noise)) == {}
+
+
+def test_a_norm_that_is_no_proof_does_not_count_against_f() -> None:
+    gram = gram_matrix(honest())
+    gram[2, [6, 7]] = gram[[6, 7], 2] = 3.0
+    gram[0, 0] = 50.0
+    report = check_gram(gram, 2, norm_bound=1.0, norm_proves=False)
+    assert {row: (finding.code, finding.proven) for row, finding in report.items()} == {0: ("norm-bound", False)}
+    assert report.disputes == ((2, 6), (2, 7))
+    assert all(finding.proven for finding in check_gram(gram, 2, norm_bound=1.0).values())
+
+
+class TestJudge:
+    def test_more_proven_than_f_trusts_nothing(self) -> None:
+        gram = gram_matrix(honest())
+        gram[1, 1] = gram[2, 2] = -1.0
+        rule = parse_rule("multi-krum")
+        assert judge(gram, rule, 2).tolerate == 0
+        with pytest.raises(RoundFailed, match="2 sites sent what no honest site sends, more than the 1"):
+            judge(gram, rule, 1)
+        with pytest.raises(RoundFailed, match="3 sites"):
+            judge(gram, rule, 2, proven=1)
+
+    def test_findings_without_proof_do_not_lower_f(self) -> None:
+        gram = gram_matrix(honest())
+        gram[1, 1] = gram[2, 2] = 50.0
+        verdict = judge(gram, parse_rule("multi-krum"), 2, norm_bound=1.0, norm_proves=False)
+        assert set(verdict.findings) == {1, 2}
+        assert verdict.tolerate == 2
+        assert verdict.weights[[1, 2]].tolist() == [0, 0]
+        assert judge(gram, parse_rule("multi-krum"), 2, norm_bound=1.0).tolerate == 0
+
+    def test_noise_is_passed_on(self) -> None:
+        gram = gram_matrix(honest())
+        gram[1, :] = gram[:, 1] = 0.0
+        gram[1, 1] = -0.01
+        assert set(judge(gram, parse_rule("mean"), 1).findings) == {1}
+        assert judge(gram, parse_rule("mean"), 1, noise=0.01).findings == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -173,6 +245,8 @@ def test_the_report_cannot_be_changed_and_the_input_is_not() -> None:
         ({"norm_bound": 0.0}, "norm_bound must be a positive finite number"),
         ({"norm_bound": float("nan")}, "norm_bound must be a positive finite number"),
         ({"tolerance": 0.0}, "tolerance must be a positive finite number"),
+        ({"noise": -1.0}, "noise must be a positive finite number"),
+        ({"noise": float("nan")}, "noise must be a positive finite number"),
     ],
 )
 def test_wrong_calls(arguments: dict[str, object], words: str) -> None:

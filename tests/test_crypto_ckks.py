@@ -8,13 +8,14 @@ import tenseal as ts
 from crypto_federation import Federation, context_for, shared_site, updates_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.fft import dct
 from tenseal import sealapi
 
 from quorsum.crypto import CKKS_V1, CkksCoordinator, check_opened
-from quorsum.crypto.ckks_mask import _root_of_slot, zero_sum_mask
+from quorsum.crypto.ckks_coordinator import _working_context
+from quorsum.crypto.ckks_mask import slots_of, zero_sum_mask
 from quorsum.crypto.ckks_parameters import BATCH, GRAM_LABEL, MAX_NORM, gram_step, sum_step
-from quorsum.crypto.ckks_wire import new_context
+from quorsum.crypto.ckks_probe import draw_probe
+from quorsum.crypto.ckks_wire import load_ciphertext, new_context, read_blocks
 from quorsum.crypto.randomness import draw, draw_signs
 from quorsum.errors import UsageError
 
@@ -152,25 +153,78 @@ def test_the_library_noise_is_far_below_the_flooding():
 
 def test_the_mask_sums_to_zero_and_is_uniform_otherwise():
     slots = zero_sum_mask(os.urandom)
-    assert abs(slots.sum()) < np.abs(slots).max() * 2**-30
-    # Uniform modulo 2^60 at scale 2^50: coefficients of deviation 2^60 / sqrt(12), each twice per slot, cos^2 = 1/2.
-    expected = 2.0**60 / 12**0.5 * (2 * 4095) ** 0.5 / 2.0**50
-    assert slots.std() == pytest.approx(expected, rel=0.06)
+    assert abs(slots.real.sum()) < np.abs(slots).max() * 2**-30
+    # Uniform modulo 2^60 at scale 2^50: 8191 coefficients of deviation 2^60 / sqrt(12); half of that on each axis.
+    expected = 2.0**60 / 12**0.5 * (8191 / 2) ** 0.5 / 2.0**50
+    assert slots.real.std() == pytest.approx(expected, rel=0.06)
+    assert slots.imag.std() == pytest.approx(expected, rel=0.06)
 
 
-@pytest.mark.parametrize("power", [1, 2, 777, 4095])
+def test_the_mask_leaves_one_coefficient_alone_and_covers_all_others():
+    encoder, plaintext = sealapi.CKKSEncoder(new_context().seal_context().data), sealapi.Plaintext()
+    # Coefficients back from the slots: those at the roots and their conjugates, transformed the other way.
+    order = 2 * CKKS_V1.degree
+    exponents = np.array([pow(3, j, order) for j in range(CKKS_V1.slots)])
+    encoder.encode((zero_sum_mask(os.urandom) * 2.0**-10).tolist(), CKKS_V1.scale, plaintext)
+    slots = np.array(encoder.decode_complex(plaintext)) * CKKS_V1.scale
+    values = np.zeros(CKKS_V1.degree, dtype=complex)
+    values[(exponents - 1) // 2] = slots
+    values[(order - exponents - 1) // 2] = slots.conj()
+    twist = np.exp(-1j * np.pi * np.arange(CKKS_V1.degree) / CKKS_V1.degree)
+    coefficients = (np.fft.fft(values) / CKKS_V1.degree * twist).real
+    assert abs(coefficients[0]) < 2
+    others = np.abs(coefficients[1:]) / 2.0**49
+    assert others.max() < 1.001
+    assert others.mean() == pytest.approx(0.5, abs=0.03)
+    for half in (others[0::2], others[1::2], others[:4095], others[4095:]):
+        assert half.mean() == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize("power", [0, 1, 2, 777, 4095, 4096, 8191])
 def test_slots_stand_at_the_roots_that_the_mask_expects(power):
-    # At scale 1 coefficients are rounded to integers, so only a polynomial with integer ones, like X^t - X^(N-t),
+    # At scale 1 coefficients are rounded to integers, so only a polynomial with integer ones, like X^t,
     # survives; slots in another order would be those of a polynomial with small fractions everywhere.
-    coefficients = np.zeros(4096)
+    coefficients = np.zeros(CKKS_V1.degree)
     coefficients[power] = 1.0
-    slots = dct(coefficients, type=3)[_root_of_slot()]
+    slots = slots_of(coefficients)
     encoder, plaintext = sealapi.CKKSEncoder(new_context().seal_context().data), sealapi.Plaintext()
     encoder.encode(slots.tolist(), 1.0, plaintext)
-    assert np.allclose(encoder.decode_double(plaintext), slots, atol=1e-9)
-    shuffled = np.random.default_rng(0).permutation(slots)
-    encoder.encode(shuffled.tolist(), 1.0, plaintext)
-    assert not np.allclose(encoder.decode_double(plaintext), shuffled, atol=0.1)
+    assert np.allclose(encoder.decode_complex(plaintext), slots, atol=1e-9)
+    if power:
+        shuffled = np.random.default_rng(0).permutation(slots)
+        encoder.encode(shuffled.tolist(), 1.0, plaintext)
+        assert not np.allclose(encoder.decode_complex(plaintext), shuffled, atol=0.1)
+
+
+@pytest.mark.parametrize("dimension", [1, 4000, 4096, 4097, 8192, 20_000])
+def test_the_probe_adds_nothing_to_the_norms_of_honest_updates(dimension):
+    context = context_for(dimension)
+    worker = _working_context(SITE.public_key)
+    probe = draw_probe(worker, context, os.urandom)
+    assert len(probe.sketches) == (1 if dimension <= 4096 else context.sketches)
+    assert (probe.padding is None) == (dimension <= 4096 or dimension % 4096 == 0)
+    _, blocks = SITE.seal(context, updates_for(context)["s0"], os.urandom)
+    items = [load_ciphertext(worker, item, size=2, moduli=2) for item in read_blocks(blocks, -(-dimension // 4096))]
+    *_, last = read_blocks(blocks, len(items))
+    added = probe.apply(worker, [items[0] for _ in probe.sketches], last)
+    opened = ts.ckks_vector_from(SITE.key.load(), added.serialize()).decrypt()
+    assert abs(np.mean(opened)) * GRAM_LABEL < 2**-26
+
+
+def test_gram_noise_is_that_of_the_released_entries():
+    context = context_for(500, 6, unit=3.0)
+    federation = Federation(context, updates_for(context))
+    error = federation.measure(federation.upload()).gram - federation.clear_gram()
+    noise = federation.coordinator.gram_noise(context)
+    assert noise == 9 * 2**-12
+    assert 0.3 * noise < error.std() < 2 * noise
+
+
+def test_a_weight_that_rounds_to_nothing_is_left_out():
+    context = context_for(10)
+    federation = Federation(context, updates_for(context))
+    opened = federation.combine(federation.upload(), {"s0": 1.0, "s1": 1e-30})
+    assert opened.total == pytest.approx(federation.updates["s0"], abs=4 * 2**-10 / 10**0.5)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,17 @@ from crypto_federation import Federation, context_for, other_site, shared_site, 
 from tenseal import sealapi
 
 from quorsum.crypto import CKKS_V1, CkksCoordinator, check_opened
+from quorsum.crypto.ckks_coordinator import _vanishing
 from quorsum.crypto.ckks_mask import hide_all_but_sum
 from quorsum.crypto.ckks_parameters import GRAM_LABEL, slot_factor
-from quorsum.crypto.ckks_wire import ciphertext_bytes, load_ciphertext, new_context, pack_blocks, read_blocks
+from quorsum.crypto.ckks_wire import (
+    ciphertext_bytes,
+    encrypt_complex,
+    load_ciphertext,
+    new_context,
+    pack_blocks,
+    read_blocks,
+)
 from quorsum.crypto.flatten import flatten
 from quorsum.errors import CoordinatorFault, RoundFailed, SiteFault, UsageError
 
@@ -237,6 +245,108 @@ def test_uploads_made_to_cancel_each_other_in_the_sum():
         federation.combine(uploads, {"s0": 1.0, "s1": 1.0})
 
 
+def with_polynomials(first: np.ndarray, second: np.ndarray) -> bytes:
+    """A ciphertext with these two polynomials, uncompressed; the same numbers for both moduli."""
+    written = ciphertext_bytes(ts.ckks_vector(SITE.key.load(), [1.0] * CKKS_V1.slots))
+    parms = ts.ckks_vector(SITE.key.load(), [1.0]).ciphertext()[0].parms_id()
+    numbers = np.concatenate([first, first, second, second]).astype("<u8")
+
+    def framed(body: bytes) -> bytes:
+        return written[:5] + b"\x00\x00\x00" + struct.pack("<Q", 16 + len(body)) + body
+
+    members = struct.pack("<4QB3QdQ", *parms, 1, 2, CKKS_V1.degree, 2, CKKS_V1.scale, 1)
+    return framed(members + framed(struct.pack("<Q", numbers.size) + numbers.tobytes()))
+
+
+def test_an_upload_whose_square_vanishes_is_named_and_the_others_are_measured():
+    context = context_for(10, 4)
+    federation = Federation(context, updates_for(context))
+    uploads = federation.upload()
+    zero, one = np.zeros(CKKS_V1.degree), np.ones(CKKS_V1.degree)
+    uploads["s1"] = CkksCoordinator().accept(context, "s1", with_item(with_polynomials(zero, one)))
+    measured = federation.measure(uploads)
+    assert measured.sites == ("s0", "s2", "s3")
+    assert {site: (fault.code, fault.proven) for site, fault in measured.faults.items()} == {"s1": ("vanishing", True)}
+    clear = federation.clear_gram()[np.ix_([0, 2, 3], [0, 2, 3])]
+    assert measured.gram == pytest.approx(clear, abs=4 * 2**-12)
+
+
+def test_two_uploads_whose_product_vanishes_are_both_named_and_nobody_else():
+    context = context_for(10, 5)
+    federation = Federation(context, updates_for(context))
+    uploads = federation.upload()
+    even = np.arange(CKKS_V1.degree) % 2 == 0
+    for site, places in (("s1", even), ("s3", ~even)):
+        numbers = np.where(places, 2**40 + 7, 0)
+        uploads[site] = CkksCoordinator().accept(context, site, with_item(with_polynomials(numbers, numbers)))
+    measured = federation.measure(uploads)
+    assert measured.sites == ("s0", "s2", "s4")
+    assert {site: fault.code for site, fault in measured.faults.items()} == {"s1": "vanishing", "s3": "vanishing"}
+
+
+def test_what_else_the_library_refuses_fails_the_round_and_blames_nobody():
+    with pytest.raises(RoundFailed, match="cannot compute on the uploads of s1 and s2") as caught:
+        _vanishing(RuntimeError("scale out of bounds"), "s1", "s2")
+    assert caught.value.faults == {}
+
+
+# --- what hides from the squared norm ---
+
+
+@pytest.mark.parametrize("dimension", [4000, 8192])
+def test_imaginary_numbers_take_nothing_off_the_measured_norm(dimension):
+    """Slots u + i v would have the squared norm |u|^2 - |v|^2: an update of any length could look like any other."""
+    context = context_for(dimension)
+    federation = Federation(context, updates_for(context))
+    uploads = federation.upload()
+    mine = federation.updates["s0"]
+    slots = np.zeros(8192 if dimension > 4096 else 4096)
+    slots[:dimension] = flatten(context.digest(), 5 * mine) * slot_factor(context)
+    crafted = slots * (1 + 1j * 24**0.5 / 5)
+    items = [ciphertext_bytes(encrypt_complex(SITE.key.load(), part)) for part in crafted.reshape(-1, 4096)]
+    uploads["s0"] = federation.coordinator.accept(context, "s0", pack_blocks(items))
+    measured = federation.measure(uploads)
+    # Without the probe this would be 1; now it is random with a deviation of hundreds.
+    assert abs(measured.gram[0, 0] - 1) > 0.1
+    others = np.ix_([1, 2], [1, 2])
+    assert measured.gram[others] == pytest.approx(federation.clear_gram()[others], abs=0.1)
+
+
+@pytest.mark.parametrize("dimension", [4000, 4100])
+def test_padding_whose_square_wraps_round_does_not_look_honest(dimension):
+    context = context_for(dimension, sketches=1)
+    federation = Federation(context, updates_for(context))
+    uploads = federation.upload()
+    slots = np.zeros(8192 if dimension > 4096 else 4096)
+    # Squares of all slots count in units of 4096, modulo 2^20.
+    slots[dimension:] = np.sqrt((2.0**20 + 1) * 4096 / (slots.size - dimension))
+    items = [ciphertext_bytes(ts.ckks_vector(SITE.key.load(), part.tolist())) for part in slots.reshape(-1, 4096)]
+    uploads["s0"] = federation.coordinator.accept(context, "s0", pack_blocks(items))
+    measured = federation.measure(uploads)
+    assert abs(measured.gram[0, 0] - 1) > 10
+
+
+def test_real_parameters_whose_square_wraps_round_look_honest_and_cost_the_round():
+    """A limit, on record: the probe does not see these; the ratio check throws the sum away and names nobody."""
+    context = context_for(4096)
+    federation = Federation(context, updates_for(context))
+    uploads = federation.upload()
+    others = np.stack([federation.updates[site] for site in ("s1", "s2")])
+    aside = np.random.default_rng(1).normal(size=4096)
+    aside -= np.linalg.lstsq(others.T, aside, rcond=None)[0] @ others
+    slots = flatten(context.digest(), aside / np.linalg.norm(aside)) * 64 * np.sqrt(2.0**20 + 1)
+    item = ciphertext_bytes(ts.ckks_vector(SITE.key.load(), slots.tolist()))
+    uploads["s0"] = federation.coordinator.accept(context, "s0", with_item(item))
+    measured = federation.measure(uploads)
+    assert measured.gram[0, 0] == pytest.approx(1, abs=0.1)
+    weights = dict.fromkeys(context.sites, 1 / 3)
+    opened = federation.combine(uploads, weights)
+    coordinator = federation.coordinator
+    tolerance, floor = coordinator.ratio_tolerance(context), coordinator.noise_floor(context, weights)
+    with pytest.raises(RoundFailed, match="hid from the measurement"):
+        check_opened(opened.total, np.full(3, 1 / 3), measured.gram, tolerance, floor)
+
+
 # --- what sites learn from a product ---
 
 
@@ -262,6 +372,28 @@ def test_slots_of_a_product_leak_without_the_mask_and_not_with_it():
     assert abs(np.corrcoef(seen, x * y)[0, 1]) < 6 / CKKS_V1.slots**0.5
     assert seen.std() > 2**20 * (x * y).std()
     assert seen.mean() == pytest.approx((x * y).mean(), abs=2**-20)
+
+
+def test_products_with_imaginary_numbers_leak_without_the_mask_and_not_with_it():
+    working = ts.context_from(SITE.public_key, 1)
+    working.auto_rescale = working.auto_mod_switch = True
+    x = np.random.default_rng(0).normal(size=CKKS_V1.slots)
+    product = encrypt_complex(working, np.full(CKKS_V1.slots, 1j)) * ts.ckks_vector(working, x.tolist())
+    assert np.abs(complex_slots(product).imag - x).max() < 2**-15
+    hide_all_but_sum(product, working, os.urandom)
+    seen = complex_slots(product)
+    for axis in (seen.real, seen.imag):
+        assert abs(np.corrcoef(axis, x)[0, 1]) < 6 / CKKS_V1.slots**0.5
+        assert axis.std() > 2**20 * x.std()
+    assert abs(seen.real.mean()) < 2**-20
+
+
+def complex_slots(vector) -> np.ndarray:
+    key, plain = SITE.key.load(), sealapi.Plaintext()
+    library = key.seal_context().data
+    cipher = ts.ckks_vector_from(key, vector.serialize()).ciphertext()[0]
+    sealapi.Decryptor(library, key.secret_key().data).decrypt(cipher, plain)
+    return np.array(sealapi.CKKSEncoder(library).decode_complex(plain)) * GRAM_LABEL
 
 
 def test_polynomials_of_a_product_leak_without_rerandomisation_and_not_with_it():

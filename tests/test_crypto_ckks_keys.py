@@ -8,6 +8,7 @@ import tenseal as ts
 from crypto_federation import Federation, adopted, context_for, other_site, shared_site, updates_for
 
 from quorsum.crypto import CkksCoordinator, CkksSite, CkksSiteKey, generate_site_key
+from quorsum.crypto.ckks_keys import check_public_context
 from quorsum.crypto.ckks_wire import context_bytes, load_context, new_context, parameters_only
 from quorsum.errors import KeyMaterialError, UsageError
 
@@ -127,6 +128,45 @@ def test_a_coordinator_refuses_evaluation_keys():
     context.generate_relin_keys()
     data = context.serialize(save_public_key=True, save_secret_key=False, save_relin_keys=True, save_galois_keys=False)
     assert refused(data).code == "evaluation-keys"
+
+
+def length_of(data: bytes) -> bytes:
+    number, out = len(data), bytearray()
+    while number >= 128:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def with_inner(field: bytes) -> bytes:
+    """Our public context with one field more in its public part."""
+    # The parameters come first; without keys, the public part after them has 2 + 9 bytes.
+    at = len(parameters_only()) - 11
+    head, public = KEY.public_context()[:at], KEY.public_context()[at + 4 :]
+    return head + b"\x12" + length_of(public + field) + public + field
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (KEY.public_context() + b"\x1a\x00", "secret-key"),
+        (with_inner(b"\x22\x02ab"), "evaluation-keys"),
+        (with_inner(b"\x2a\x02ab"), "evaluation-keys"),
+        (with_inner(b"\x32\x02ab"), "unreadable"),
+        (with_inner(b"\x0a\x02ab"), "unreadable"),
+        (with_inner(b"\x10" + b"\xff" * 11), "unreadable"),
+        (with_inner(b"\x2a\x7fab"), "unreadable"),
+        (KEY.public_context() + KEY.public_context(), "unreadable"),
+        (KEY.public_context() + b"\x22\x00", "unreadable"),
+        (b"\x0a" + length_of(bytes(600_000)) + bytes(600_000), "wrong-parameters"),
+        (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "unreadable"),
+    ],
+    ids=["secret", "relin", "rotation", "unknown", "key twice", "number", "cut", "all twice", "outer", "long", "huge"],
+)
+def test_a_coordinator_reads_the_tags_before_the_library_unpacks_anything(data, code, monkeypatch):
+    assert check_public_context(with_inner(b"")) == KEY.public_context()
+    monkeypatch.setattr(ts, "context_from", lambda *_: pytest.fail("the library was let loose on it"))
+    assert refused(data).code == code
 
 
 def refused(public_key: bytes) -> KeyMaterialError:

@@ -51,7 +51,7 @@ def wait_for_port(port: int, seconds: float = 60) -> None:
 def test_flower_app_trains_sealed_over_real_sockets(tmp_path: Path) -> None:
     app = tmp_path / "quickstart"
     shutil.copytree(EXAMPLE, app, ignore=shutil.ignore_patterns("__pycache__"))
-    port, key = free_port(), tmp_path / "site.key"
+    port = free_port()
     home = tmp_path / "home"
     home.mkdir()
     (home / "config.toml").write_text(
@@ -65,7 +65,6 @@ def test_flower_app_trains_sealed_over_real_sockets(tmp_path: Path) -> None:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
-    subprocess.run([BIN / "quorsum", "keygen", "--out", key], check=True, env=env, capture_output=True)
     with ExitStack() as stack:
         link = [str(BIN / "flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(port)]
         stack.enter_context(process(tmp_path / "link.log", env, *link))
@@ -74,7 +73,9 @@ def test_flower_app_trains_sealed_over_real_sockets(tmp_path: Path) -> None:
             node = [
                 str(BIN / "flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{port}",
                 "--port", str(free_port()),
-                "--node-config", f'partition-id={site} num-partitions=3 quorsum-key="{key}"',
+                "--node-config",
+                f'partition-id={site} num-partitions=3 quorsum-home="{tmp_path}/site{site}" '
+                "quorsum-accept-small-models=true",
             ]  # fmt: skip
             stack.enter_context(process(tmp_path / f"node{site}.log", env, *node))
         run = subprocess.run(

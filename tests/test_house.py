@@ -20,13 +20,13 @@ ALLOWED = {
     "crypto": (set(), {"numpy", "scipy", "tenseal", "flint", "cryptography"}),
     "quorsum": (
         {
+            "quorsum.aggregation",
             "quorsum.crypto",
             "quorsum.server",
             "quorsum.client",
             "quorsum.simulation",
-            "quorsum.messages",
-            "quorsum.arrays",
-        },
+        }
+        | SHARED,
         {"numpy", "flwr", "pydantic", "typer", "click", "rich"},
     ),
     "server": (
@@ -40,9 +40,8 @@ ALLOWED = {
             "quorsum.crypto",
             "quorsum.server",
             "quorsum.client",
-            "quorsum.messages",
-            "quorsum.arrays",
-        },
+        }
+        | SHARED,
         {"numpy", "flwr", "torch", "sklearn", "matplotlib", "rich", "ray"},
     ),
 }
