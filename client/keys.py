@@ -13,11 +13,20 @@ from quorsum.crypto import CkksSite, CkksSiteKey, Identity, SealedSite, SiteSuit
 from quorsum.errors import KeyMaterialError
 from quorsum.selection import select
 
-__all__ = ["ACCEPT_SMALL", "HOME", "NODE_CONFIG_KEY", "configured_suite", "load_identity", "load_site_key"]
+__all__ = [
+    "ACCEPT_SMALL",
+    "HOME",
+    "LEAST_COLLUDE",
+    "NODE_CONFIG_KEY",
+    "configured_suite",
+    "load_identity",
+    "load_site_key",
+]
 
 NODE_CONFIG_KEY = "quorsum-key"
 HOME = "quorsum-home"
 ACCEPT_SMALL = "quorsum-accept-small-models"
+LEAST_COLLUDE = "quorsum-least-collude"
 
 
 def load_site_key(path: Path) -> CkksSiteKey:
@@ -71,14 +80,15 @@ def _ckks_site(path: Path) -> CkksSite:
 
 
 @lru_cache(maxsize=4)
-def _sealed_site(home: Path, accept_small_models: bool) -> SealedSite:
-    return SealedSite(load_identity(home), select, accept_small_models)
+def _sealed_site(home: Path, accept_small_models: bool, least_collude: int) -> SealedSite:
+    return SealedSite(load_identity(home), select, accept_small_models, least_collude)
 
 
 def configured_suite(context: Context) -> SiteSuite:
     """The suite that the node's own configuration names.
 
-    ``quorsum-home="/path/to/folder"`` for ``sealed``: keys and records of the site live there.
+    ``quorsum-home="/path/to/folder"`` for ``sealed``: keys and records of the site live there. Its policy:
+    ``quorsum-accept-small-models=true``, and ``quorsum-least-collude=2`` for the smallest tau it takes part with.
     ``quorsum-key="/path/to/site.key"`` for ``ckks``: the key that all sites share.
 
     Raises:
@@ -88,7 +98,8 @@ def configured_suite(context: Context) -> SiteSuite:
     if isinstance(key, str):
         return _ckks_site(Path(key))
     if isinstance(home, str):
-        return _sealed_site(Path(home), bool(context.node_config.get(ACCEPT_SMALL, False)))
+        accept, least = context.node_config.get(ACCEPT_SMALL, False), context.node_config.get(LEAST_COLLUDE, 1)
+        return _sealed_site(Path(home), bool(accept), int(least))
     raise KeyMaterialError(
         "no-key", f"this node has no home for its keys; start it with: --node-config '{HOME}=\"FOLDER\"'"
     )

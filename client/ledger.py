@@ -136,10 +136,12 @@ class FolderLedger:
         path = self._folder / "ledger.json"
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if set(record) != {"seen", "context", "state"}:
+                raise ValueError
             return record
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             raise KeyMaterialError(
                 "ledger-damaged",
                 f"{path} cannot be read; what this site signed is not known any more. Move it away and sit out until "

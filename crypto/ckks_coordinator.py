@@ -89,11 +89,6 @@ class CkksCoordinator:
         return False
 
     @property
-    def signs(self) -> bool:
-        """No: Flower does not bind a reply to its sender's key, and this suite adds no signature."""
-        return False
-
-    @property
     def least_opened(self) -> int:
         """Fewest sites whose sum may be opened."""
         return 3

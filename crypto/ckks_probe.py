@@ -27,7 +27,7 @@ from quorsum.crypto.suite import RandomBytes, RoundContext
 __all__ = ["Probe", "draw_probe"]
 
 # A larger weight would find smaller things, and carry more of the encryption errors of the upload, which depend on the
-# key, into the released number: with this one they are 2^-30 of unit^2 at a million parameters, as in the product.
+# key, into the released number. With this one the probe's whole error, rounding included, measures 2^-29 of unit^2.
 _WEIGHT = 2.0**13
 
 
@@ -64,7 +64,9 @@ class Probe:
 
 
 def draw_probe(worker: Context, context: RoundContext, random_bytes: RandomBytes) -> Probe:
-    """Draw weights for one measurement, uniform between -2^13 and 2^13 (r times that for the padding), and encrypt them.
+    """Draw weights for one measurement and encrypt them.
+
+    They are uniform between -2^13 and 2^13, and between r times that for the padding.
 
     Args:
         worker: with the public key.

@@ -100,11 +100,6 @@ class SealedCoordinator:
         return True
 
     @property
-    def signs(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
     def least_opened(self) -> int:
         """Two; the bounds of each round ask for more (see ``SealedBounds``)."""
         return 2
@@ -195,11 +190,6 @@ class SealedRound:
         return True
 
     @property
-    def signs(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
     def least_opened(self) -> int:
         """Two; the bounds of each round ask for more (see ``SealedBounds``)."""
         return 2
@@ -227,7 +217,8 @@ class SealedRound:
         try:
             return self._accepted(context, site, blocks)
         except Refusal as refusal:
-            raise SiteFault(site, refusal.code, f"its submission: {refusal.message}") from None
+            # What does not carry the site's signature may be anybody's.
+            raise SiteFault(site, refusal.code, f"its submission: {refusal.message}", proven=False) from None
 
     def _accepted(self, context: RoundContext, site: Site, blocks: Blocks) -> SealedUpload:
         head = read_head(blocks)
@@ -352,7 +343,7 @@ class SealedRound:
                     raise Refusal("wrong-signature", "its signature of the root is wrong")
                 signatures[site] = signature
             except Refusal as refusal:
-                faults[site] = SiteFault(site, refusal.code, refusal.message)
+                faults[site] = SiteFault(site, refusal.code, refusal.message, proven=False)
         _need(len(signatures), bounds_of(context).quorum, "signed the root", faults)
         return root, signatures
 
@@ -379,7 +370,7 @@ class SealedRound:
                 if not public.verify(proof, *check_statement(context, view, named, blocks[1])):
                     raise Refusal("wrong-signature", "its check answer is not signed by it")
             except Refusal as refusal:
-                faults[site] = SiteFault(site, refusal.code, f"its check answer: {refusal.message}")
+                faults[site] = SiteFault(site, refusal.code, f"its check answer: {refusal.message}", proven=False)
                 continue
             views[site] = signature
             checks[site] = (CheckAnswer(values, frozenset(number[one] for one in named)), proof, blocks[1])
@@ -403,7 +394,7 @@ class SealedRound:
                 if not self._public(site).verify(signature, *points_statement(context, view, accepted, blocks[1])):
                     raise Refusal("wrong-signature", "its points are not signed by it")
             except Refusal as refusal:
-                faults[site] = SiteFault(site, refusal.code, f"its points: {refusal.message}")
+                faults[site] = SiteFault(site, refusal.code, f"its points: {refusal.message}", proven=False)
                 continue
             points[site], signed[site] = values, (signature, blocks[1])
         return points, signed
@@ -449,10 +440,12 @@ class SealedRound:
                 read_head(blocks, 1)
                 shares[context.sites.index(site) + 1] = read_array(blocks[1], (SEALED_V1.degree,))
             except Refusal as refusal:
-                faults[site] = SiteFault(site, refusal.code, f"its sum share: {refusal.message}")
+                faults[site] = SiteFault(site, refusal.code, f"its sum share: {refusal.message}", proven=False)
         decoded = decode(shares, context.collude, fixed.left, random_bytes)
         faults |= {
-            context.sites[holder - 1]: SiteFault(context.sites[holder - 1], "wrong-share", "gave a wrong sum share")
+            context.sites[holder - 1]: SiteFault(
+                context.sites[holder - 1], "wrong-share", "gave a wrong sum share", proven=False
+            )
             for holder in decoded.liars
         }
 
@@ -478,7 +471,7 @@ class SealedRound:
                     raise Refusal("wrong-signature", "its ticket is not signed by it")
                 tickets[site] = signature
             except Refusal as refusal:
-                faults[site] = SiteFault(site, refusal.code, f"its ticket: {refusal.message}")
+                faults[site] = SiteFault(site, refusal.code, f"its ticket: {refusal.message}", proven=False)
         _need(len(tickets), bounds_of(context).quorum, "signed a ticket for the set", faults)
         return tickets
 

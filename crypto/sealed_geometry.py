@@ -169,7 +169,9 @@ def geometry(
     for (i, j), value in zip(pairs_of(dealers), field.centred(decoded.values), strict=True):
         exact[i][j] = exact[j][i] = int(value)
     scale = scale_of(context)
-    verdict = exact_checks(exact, norm_gate(context.unit, scale, context.sketches, block_count(context)), context.tolerate)
+    verdict = exact_checks(
+        exact, norm_gate(context.unit, scale, context.sketches, block_count(context)), context.tolerate
+    )
     rows = verdict.rows
     if not rows:
         raise RoundFailed("no update of this round can be used")

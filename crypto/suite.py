@@ -215,10 +215,6 @@ class RoundSuite(Protocol, Generic[Upload]):
         """Whether it combines a set of updates with equal weights only, and sites repeat the selection."""
 
     @property
-    def signs(self) -> bool:
-        """Whether everything that a site sends is signed by it, so that a bad message proves something."""
-
-    @property
     def least_opened(self) -> int:
         """Fewest sites whose sum may be opened."""
 

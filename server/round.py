@@ -8,9 +8,9 @@
    with what the Gram matrix predicts. Then, and only then, the model moves.
 4. **evaluate**: outside this module, on the new model.
 
-Of the f sites that may be malicious, those whose own messages prove in this round that they left the protocol are
-counted off before the rule sees the rest: at most f in all, so at most f - k among the others. That holds only where
-messages are signed; without signatures nobody is counted off. Silence and errors prove nothing anywhere.
+Of the f sites that may be malicious, those proven in this round to have left the protocol could be counted off before
+the rule sees the rest. That is done only for what sites repeat from signed messages (suites that select): elsewhere a
+malicious node can send rubbish in an honest site's name, and would lower f by it. Silence proves nothing anywhere.
 
 A round that cannot be finished leaves the model as it was and says why; the run goes on.
 """
@@ -107,7 +107,7 @@ class _Selection:
         kept: the sites whose rows the rule saw, in the order of ``gram``.
         gram: float64, shape (m, m).
         weights: the sites with a weight other than zero.
-        tolerate: f less the sites proven malicious in this round.
+        tolerate: how many of these sites may still be malicious.
     """
 
     kept: tuple[Site, ...]
@@ -275,10 +275,8 @@ def _select(play: _Play, uploads: Mapping[Site, Any]) -> _Selection:
     rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]
     sites = tuple(measured.sites[row] for row in rows)
     gram = measured.gram[np.ix_(rows, rows)]
-    tolerate, proven = plan.tolerate, _proven(play)
-    if measured.tolerate is not None:
-        # The suite has counted off already, and the sites will repeat the decision with its number.
-        tolerate, proven = measured.tolerate, 0
+    # Where the suite has counted off proven liars, the sites will repeat the decision with its number.
+    tolerate = plan.tolerate if measured.tolerate is None else measured.tolerate
     if plan.rule.needs == "updates":
         return _coordinates(play, sites, gram)
     if plan.reference is not None and plan.reference not in sites:
@@ -291,8 +289,7 @@ def _select(play: _Play, uploads: Mapping[Site, Any]) -> _Selection:
             norm_bound=norm_gate(context.unit, context.clip),
             norm_proves=context.clip,
             noise=suite.gram_noise(context),
-            proven=proven,
-            count_off=suite.signs,
+            count_off=suite.selects,
             equal=suite.selects,
             rng=np.random.default_rng(int.from_bytes(plan.random_bytes(16), "little")),
             reference=None if plan.reference is None else sites.index(plan.reference),
@@ -322,8 +319,8 @@ def _coordinates(play: _Play, sites: tuple[Site, ...], gram: NDArray[np.float64]
         ledger.blame(SiteFault(sites[row], finding.code, finding.reason, finding.proven))
     index = list(findings.remaining)
     kept = tuple(sites[row] for row in index)
-    left = _enough(play, len(kept))
-    return _Selection(kept, gram[np.ix_(index, index)], dict.fromkeys(kept, 1 / len(kept)), left)
+    _enough(play, len(kept))
+    return _Selection(kept, gram[np.ix_(index, index)], dict.fromkeys(kept, 1 / len(kept)), plan.tolerate)
 
 
 def _blame_rows(play: _Play, sites: tuple[Site, ...], verdict: Judgement) -> None:
@@ -340,38 +337,21 @@ def _blame_rows(play: _Play, sites: tuple[Site, ...], verdict: Judgement) -> Non
             ledger.blame(SiteFault(site, "rule", sentence, proven=False))
 
 
-def _proven(play: _Play) -> int:
-    """How many sites may be counted off f: those proven malicious, where messages carry their sender's signature.
-
-    Without signatures a malicious node can send rubbish in an honest site's name, and would lower f by it.
-    """
-    return sum(fault.proven for fault in play.ledger.faults.values()) if play.suite.signs else 0
-
-
-def _enough(play: _Play, usable: int) -> int:
-    """F less the sites proven malicious in this round.
+def _enough(play: _Play, usable: int) -> None:
+    """Refuse to go on with so few usable updates that the rule cannot tolerate f malicious ones among them.
 
     Raises:
         RoundFailed: with so few usable updates the rule cannot tolerate that many.
     """
     plan, context, ledger = play.plan, play.context, play.ledger
-    proven = _proven(play)
-    left = plan.tolerate - proven
-    if left < 0:
-        raise RoundFailed(
-            f"{proven} sites left the protocol, more than the {plan.tolerate} that may be malicious, so that nothing "
-            "in this round can be trusted; the model stays as it was",
-            _faults(ledger),
-        )
     # A reference row is a voice of its own kind, not one of the sites that are judged.
-    need = plan.rule.minimum_sites(left) + (plan.reference is not None)
+    need = plan.rule.minimum_sites(plan.tolerate) + (plan.reference is not None)
     if usable < need:
         raise RoundFailed(
             f"only {usable} of {len(context.sites)} sites sent a usable update; {plan.rule.name} needs {need} to "
-            f"tolerate {left} malicious ones; the model stays as it was",
+            f"tolerate {plan.tolerate} malicious ones; the model stays as it was",
             _faults(ledger),
         )
-    return left
 
 
 def _open(play: _Play, uploads: Mapping[Site, Any], selection: _Selection) -> NDArray[np.float64]:

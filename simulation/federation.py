@@ -59,6 +59,7 @@ class World:
         attack: what these do.
         training: how sites train.
         seed: decides everything that is random in training and attacks.
+        hidden: width of the hidden layer, for models that have one.
     """
 
     data: Dataset
@@ -67,6 +68,7 @@ class World:
     attack: Attack
     training: Training = field(default_factory=Training)
     seed: int = 0
+    hidden: int = 32
 
     def rows(self, partition: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """What a site trains on; an attacker on data has poisoned its labels."""
@@ -78,7 +80,7 @@ class World:
 
     def new_model(self) -> torch.nn.Module:
         """The model, with the initial weights of this seed."""
-        return build_model(self.data.shape, self.data.classes, seed=self.seed)
+        return build_model(self.data.shape, self.data.classes, seed=self.seed, hidden=self.hidden)
 
     def trained(self, partition: int, number: int, model: ArrayRecord) -> ArrayRecord:
         """The model after a site's local training in a round: a pure function of its arguments and the seed."""

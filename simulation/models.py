@@ -30,10 +30,10 @@ _IMAGE_TRAINING = (2, 0.05)
 _EVALUATION_BATCH = 1024
 
 
-def build_model(shape: Sequence[int], classes: int, *, seed: int) -> nn.Module:
+def build_model(shape: Sequence[int], classes: int, *, seed: int, hidden: int = _HIDDEN) -> nn.Module:
     """A model for inputs of one shape.
 
-    ``(columns,)`` gives a perceptron with one hidden layer of 32 (2 410 parameters for digits);
+    ``(columns,)`` gives a perceptron with one hidden layer, 32 wide by default (2 410 parameters for digits);
     ``(1 or 3, height, width)`` gives a network with two convolutions, 8 and 16 channels (2 946 parameters for grey
     images and 2 classes, whatever their size).
 
@@ -41,6 +41,7 @@ def build_model(shape: Sequence[int], classes: int, *, seed: int) -> nn.Module:
         shape: shape of one input.
         classes: k, at least 2.
         seed: decides the initial weights, ``0 <= seed < 2**63``.
+        hidden: width of the hidden layer of the perceptron, at least 1.
 
     Returns:
         A model that maps float32 ``(n, *shape)`` to logits ``(n, k)``.
@@ -50,6 +51,8 @@ def build_model(shape: Sequence[int], classes: int, *, seed: int) -> nn.Module:
     """
     if classes < 2:
         raise UsageError(f"classes must be 2 or more, got {classes}")
+    if hidden < 1:
+        raise UsageError(f"hidden must be 1 or more, got {hidden}")
     generator = _generator(seed)
     if len(shape) == 1 and shape[0] >= 1:
         model = nn.Sequential(

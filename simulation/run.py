@@ -75,6 +75,7 @@ class Simulation:
         batch_size: rows per step of local training.
         lr: learning rate of local training; None takes what suits the model.
         momentum: momentum of local training.
+        hidden: width of the model's hidden layer, for tables and flat inputs.
         sketches: r, random sketches per round for the suites that sketch.
         timeout: seconds a site has for one reply.
     """
@@ -96,6 +97,7 @@ class Simulation:
     batch_size: int = 32
     lr: float | None = None
     momentum: float = 0.9
+    hidden: int = 32
     sketches: int = 4
     timeout: float = 600.0
 
@@ -196,6 +198,7 @@ def build_world(settings: Simulation) -> World:
         attack=parse_attack(settings.attack),
         training=training,
         seed=settings.seed,
+        hidden=settings.hidden,
     )
 
 

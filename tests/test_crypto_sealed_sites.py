@@ -454,10 +454,9 @@ def test_what_hides_from_every_sketch_is_noticed_when_the_sum_is_opened(monkeypa
     seed = os.urandom(32)
     for module in (sealed_site, sealed_coordinator):
         monkeypatch.setattr(module, "seed_of", lambda root, nonce: seed)
-    federation = prepare({}, n=5, d=2 * N, sketches=4)
+    federation = prepare({}, n=5, d=2 * N, sketches=1)
     plan = plan_of(federation.context, seed)
     hidden = _vanishing(plan)
-    assert np.abs(hidden).max() > 0
     mean = np.mean([federation.updates[site] for site in names(5)], axis=0)
     # An ordinary update, and a part as long as five of them that no sketch shows.
     hidden *= 5.0 / np.linalg.norm(hidden)
@@ -479,19 +478,9 @@ def test_what_hides_from_every_sketch_is_noticed_when_the_sum_is_opened(monkeypa
 
 
 def _vanishing(plan: SketchPlan) -> NDArray[np.float64]:
-    """Two blocks whose signed rotated sums are all short: an eigenvector of frequencies at which they cancel.
-
-    Per frequency zeta a sketch is ``s1 zeta^rho1 u + s2 zeta^rho2 v``, one equation in two unknowns; the frequency
-    at which the r equations are nearest to one another is where hiding works best.
-    """
-    best: tuple[float, NDArray[np.float64]] = (np.inf, np.zeros(0))
-    steps = np.arange(N)
-    for m in range(N // 2):
-        angle = np.pi * (2 * m + 1) / N
-        matrix = plan.signs * np.exp(1j * angle * plan.rotations)
-        _, values, vectors = np.linalg.svd(matrix)
-        if values[-1] < best[0]:
-            u, v = vectors[-1].conj()
-            wave = np.exp(-1j * angle * steps)
-            best = (values[-1], np.concatenate([(u * wave).real, (v * wave).real]))
-    return best[1]
+    """Two blocks of one frequency zeta that cancel in one sketch: ``s1 zeta^rho1 u + s2 zeta^rho2 v = 0``."""
+    angle = np.pi * 1001 / N
+    u, v = np.array([1, -1]) * (plan.signs[0] * np.exp(1j * angle * plan.rotations[0].astype(np.int64)))[::-1]
+    wave = np.exp(1j * angle * np.arange(N))
+    # X^rho turns the coefficients zeta^k into zeta^(k - rho).
+    return np.concatenate([(np.conj(u) * wave).real, (np.conj(v) * wave).real])

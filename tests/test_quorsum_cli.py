@@ -65,7 +65,7 @@ def test_simulate_on_a_csv_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["simulate", "--sites", "6"], "needs at least 7 sites"),
+        (["simulate", "--sites", "6"], "needs at least 9 sites"),
         (["simulate", "--sites", "ten"], "--sites"),
         (["simulate", "--colour", "red"], "--colour"),
         (["simulate", "--data", "digitz"], "digits"),
