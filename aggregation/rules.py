@@ -218,8 +218,8 @@ def geometric_median(
 
     Raises:
         BoundError: n < 2f + 1.
-        NoConvergenceError: after all steps the pull is still above a hundred times the tolerance. (Where the median lies
-            at or near a row the algorithm crawls; what it has then is close enough.)
+        NoConvergenceError: after all steps the pull is still above a hundred times the tolerance. (Where the median
+            lies at or near a row the algorithm crawls; what it has then is close enough.)
         NonFiniteGramError: some rows are not finite.
         UsageError: an argument is malformed.
     """

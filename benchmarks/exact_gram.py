@@ -1,7 +1,7 @@
 """The usual way to inner products under CKKS, for comparison: every block of every pair, exactly.
 
-TenSEAL's ``dot`` multiplies, relinearises, rescales and adds up the slots by rotations. This measures it on a few blocks
-with the usual parameters (N = 8192, moduli of 60, 40 and 60 bits) and multiplies by the number of blocks and pairs.
+TenSEAL's ``dot`` multiplies, relinearises, rescales and adds up the slots by rotations. This measures it on a few
+blocks with the usual parameters (N = 8192, moduli of 60, 40 and 60 bits) and multiplies by the blocks and pairs.
 
     python benchmarks/exact_gram.py --dimension 1000000 --sites 10
 """

@@ -10,12 +10,15 @@ import hashlib
 from collections.abc import Iterator
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
 
 from quorsum.crypto.suite import RandomBytes
 from quorsum.errors import UsageError
 
-__all__ = ["draw", "draw_signs", "expand", "tagged_hash"]
+__all__ = ["draw", "draw_signs", "expand", "stretched", "tagged_hash"]
 
 
 def _encoded(tag: str, parts: tuple[bytes, ...]) -> Iterator[bytes]:
@@ -63,3 +66,13 @@ def draw_signs(random_bytes: RandomBytes, rows: int, columns: int) -> NDArray[np
     raw = np.frombuffer(draw(random_bytes, (count + 7) // 8), dtype=np.uint8)
     bits = np.unpackbits(raw, count=count, bitorder="little")
     return (1 - 2 * bits.astype(np.int8)).reshape(rows, columns)
+
+
+def stretched(random_bytes: RandomBytes) -> RandomBytes:
+    """A source of any number of bytes from 32 fresh ones: AES-256 in counter mode, the key used for nothing else.
+
+    The operating system's source gives a few hundred megabytes a second, and mask errors need twenty bytes per
+    parameter. Nothing is kept: the key lives as long as the returned function.
+    """
+    stream = Cipher(AES(draw(random_bytes, 32)), CTR(bytes(16))).encryptor()
+    return lambda count: stream.update(bytes(count))

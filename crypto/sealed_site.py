@@ -33,6 +33,7 @@ from quorsum.crypto.identity import Identity, PublicIdentity
 from quorsum.crypto.labels import tagged
 from quorsum.crypto.mask import draw_key, mask_blocks
 from quorsum.crypto.quantise import quantise
+from quorsum.crypto.randomness import stretched
 from quorsum.crypto.sealed_geometry import (
     Geometry,
     Select,
@@ -189,10 +190,10 @@ class SealedSite:
         if small_model(context.dimension) and not self.accept_small_models:
             raise UsageError(f"{SEALED_V1.small_model_sentence(context.dimension)}; accept that by name, or use ckks")
         digest = context.digest()
-        # y_j = a_j s + e_j + x_j
-        integers = quantise(update, scale_of(context), digest, random_bytes)
-        key = draw_key(random_bytes)
-        upload = tuple(field.to_bytes(batch) for batch in mask_blocks(digest, key, integers, random_bytes))
+        # y_j = a_j s + e_j + x_j; the key comes from the source itself, the many small errors from a stretch of it
+        key, many = draw_key(random_bytes), stretched(random_bytes)
+        integers = quantise(update, scale_of(context), digest, many)
+        upload = tuple(field.to_bytes(batch) for batch in mask_blocks(digest, key, integers, many))
         deals = deal_shares(field.from_signed(key.astype(np.int64)), bounds, random_bytes)
         sealed = [
             b"" if holder == number else self._seal_deal(context, holder, deal) for holder, deal in enumerate(deals, 1)

@@ -20,6 +20,7 @@ from quorsum.crypto import field, labels, ring
 from quorsum.crypto.labels import tagged
 from quorsum.crypto.mask import draw_key, unmask
 from quorsum.crypto.quantise import dequantise, quantise
+from quorsum.crypto.randomness import stretched
 from quorsum.crypto.sealed_geometry import pairs_of, plan_of, root_of, scale_of, seed_of
 from quorsum.crypto.sealed_parameters import SEALED_V1
 from quorsum.crypto.sealed_site import _gram_points, challenge_of
@@ -109,8 +110,9 @@ def world() -> World:
     secrets = {}
     for site, source in sources.items():
         replay = source.again()
-        integers = quantise(round_.updates[site], scale_of(round_.context), round_.context.digest(), replay)
-        secrets[site] = Secrets(integers, draw_key(replay), deals_of(round_, site))
+        key, many = draw_key(replay), stretched(replay)
+        integers = quantise(round_.updates[site], scale_of(round_.context), round_.context.digest(), many)
+        secrets[site] = Secrets(integers, key, deals_of(round_, site))
     # What every site was shown: root, seed, sketches.
     asked = dict(round_.asked)["check"][SITES[0]]
     root = root_of(round_.context, {site: uploads[site].commitment for site in SITES})
