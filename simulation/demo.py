@@ -18,5 +18,6 @@ def demo_runs(*, rounds: int, seed: int) -> list[tuple[str, Simulation]]:
     runs = [("mean, no attack", replace(base, poisoned=0, attack="none", rule="mean", suite="plain"))]
     for name, attack in ARMS.items():
         runs.append((f"mean, {name}", replace(base, attack=attack, rule="mean", tolerate=0, suite="plain")))
-        runs.append((f"quorsum, {name}", replace(base, attack=attack, suite="sealed")))
+        runs.append((f"ckks, {name}", replace(base, attack=attack, suite="ckks")))
+        runs.append((f"sealed, {name}", replace(base, attack=attack, suite="sealed")))
     return runs

@@ -197,16 +197,16 @@ def comparison_table(results: Labelled) -> Table:
     table.add_column("run", style="bold", no_wrap=True)
     table.add_column("rule, suite", no_wrap=True)
     table.add_column("accuracy", justify="right", no_wrap=True)
-    table.add_column("poisoned rejected", justify="right")
-    table.add_column("honest rejected", justify="right")
+    table.add_column("poisoned\nrejected", justify="right", no_wrap=True)
+    table.add_column("honest\nrejected", justify="right", no_wrap=True)
     for label, result in results:
         config = result["config"]
         table.add_row(
             label,
             f"{config['rule']}, {config['suite']}",
             f"{100.0 * result['final']['accuracy']:.1f} %",
-            _poisoned_share(result),
-            _honest_share(result),
+            _poisoned_share(result).partition(" (")[0],
+            _honest_share(result).partition(" (")[0],
         )
     return table
 

@@ -115,8 +115,8 @@ def test_comparison_has_one_row_a_result() -> None:
     table = comparison_table([("first", result()), ("second", result(missed=(1, 2, 3)))])
     assert table.row_count == 2
     text = text_of(table)
-    assert "3 of 3 (100 %)" in text
-    assert "0 of 3 (0 %)" in text
+    assert "3 of 3" in text
+    assert "0 of 3" in text
 
 
 @pytest.mark.parametrize(
