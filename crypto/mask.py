@@ -13,9 +13,7 @@ Keys and errors are centred binomial and come from ``random_bytes`` directly, bi
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -36,7 +34,6 @@ MASK_BATCH = 16
 """Blocks that are masked or unmasked at a time (512 KiB)."""
 
 _LARGEST_ETA = 127
-_THREADS = 2
 _CHUNK = 1 << 16
 
 
@@ -100,28 +97,13 @@ def mask_blocks(
 def _mask_blocks(
     seed: bytes, key: ring.ShortFactor, integers: NDArray[np.signedinteger[Any]], random_bytes: RandomBytes
 ) -> Iterator[FieldArray]:
-    # The transforms leave the interpreter lock, so two threads halve the time. Errors are drawn here, in order, because
-    # a source of randomness need not be safe to share; no more batches are under way than there are threads, and one.
-    with ThreadPoolExecutor(_THREADS) as pool:
-        under_way: deque[Future[FieldArray]] = deque()
-        first = 0
-        for x in ring.batches(integers, MASK_BATCH):
-            # The last block gets errors in full: its padding must not show products with the key.
-            e = centred_binomial(SEALED_V1.eta_error, x.size, random_bytes).reshape(x.shape)
-            under_way.append(pool.submit(_masked, seed, key, first, x, e))
-            first += len(x)
-            if len(under_way) > _THREADS:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-
-
-def _masked(
-    seed: bytes, key: ring.ShortFactor, first: int, x: NDArray[np.signedinteger[Any]], e: NDArray[np.int8]
-) -> FieldArray:
-    """``a_j s + e_j + x_j`` for one batch that begins with block ``first``."""
-    masked = ring.multiply_short(uniform_blocks(seed, first, len(x)), key)
-    return field.add(masked, field.from_signed(x.astype(np.int64) + e))
+    first = 0
+    for x in ring.batches(integers, MASK_BATCH):
+        # The last block gets errors in full: its padding must not show products with the key.
+        e = centred_binomial(SEALED_V1.eta_error, x.size, random_bytes).reshape(x.shape)
+        masked = ring.multiply_short(uniform_blocks(seed, first, len(x)), key)
+        yield field.add(masked, field.from_signed(x.astype(np.int64) + e))
+        first += len(x)
 
 
 def unmask(seed: bytes, y: FieldArray | Iterable[FieldArray], s_sum: FieldArray) -> Iterator[NDArray[np.int64]]:
