@@ -81,7 +81,8 @@ def judge(
         reference: row of the trusted reference, for rules that need one.
 
     Raises:
-        RoundFailed: more sites than f were proven malicious, so what was assumed about the others does not hold.
+        RoundFailed: more sites than f were proven malicious, so what was assumed about the others does not hold; or the
+            row of the reference is among those that must not be used.
         BoundError: with the rows that are left, the rule cannot tolerate the malicious ones that may be left.
         QuorumError: whatever the rule raises.
     """
@@ -96,7 +97,9 @@ def judge(
     left = f - malicious
     # A reference row is a voice of its own kind, not one of the sites that are judged.
     need = rule.minimum_sites(left) + (reference is not None)
-    if len(rows) < need or (reference is not None and reference not in rows):
+    if reference is not None and reference in findings:
+        raise RoundFailed(f"the row of the trusted reference cannot be used: {findings[reference].reason}")
+    if len(rows) < need:
         raise BoundError(
             f"only {len(rows)} updates can be used; {rule.name} needs {need} to tolerate {left} malicious ones"
         )

@@ -4,9 +4,11 @@ Rules it keeps, whatever the coordinator asks:
 
 1. An update leaves the site only sealed. An instruction to train that does not speak quorsum is refused, and of
    the app's reply nothing else goes out than the sealed difference and the metrics named in ``share_metrics``.
-2. A site seals at most one update per round of a run, and rounds only go up.
+2. A site trains for at most one update per round of a run, and rounds only go up. A later attempt at a round seals
+   the same integers again, at most twice more, and never after the site has signed for a set.
 3. A question is answered only about the round sealed last, and only as the suite allows (see its ``answer``).
 4. A refusal carries a fixed sentence: no text from the site's data, code or files reaches the coordinator.
+5. Every reply is signed with the site's own key for the one instruction that it answers (``quorsum.envelope``).
 
 Adopting it is two lines in a Flower app::
 
@@ -21,6 +23,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,9 +32,10 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
 
-from quorsum import arrays, messages
+from quorsum import arrays, envelope, messages
 from quorsum.client import ledger
-from quorsum.client.keys import HOME, configured_suite
+from quorsum.client.keys import HOME, configured_suite, load_identity
+from quorsum.crypto.identity import Identity
 from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite
 from quorsum.errors import CoordinatorFault, KeyMaterialError, Refusal, UsageError
 
@@ -42,6 +46,10 @@ log = logging.getLogger("flwr.quorsum")
 
 EXAMPLES = "num-examples"
 
+# True while an app runs inside a sealing mod: one further in, which the app brought itself, lets everything through, so
+# that what seals is the outermost one.
+_around: ContextVar[bool] = ContextVar("quorsum_sealing", default=False)
+
 
 def seal(
     suite: SiteSuite | Callable[[Context], SiteSuite] = configured_suite,
@@ -51,6 +59,7 @@ def seal(
     minimum_sites: int = 3,
     home: Path | None = None,
     random_bytes: RandomBytes = os.urandom,
+    check: Callable[[RoundContext], None] | None = None,
 ) -> Mod:
     """A Flower mod that seals what a ClientApp trained.
 
@@ -64,8 +73,9 @@ def seal(
         home: folder for the site's records; without it ``quorsum-home`` of the node's config, else they are kept in the
             memory of the node.
         random_bytes: source of randomness; leave the operating system's in production.
+        check: raises ``CoordinatorFault`` for rounds that this site's own policy refuses.
     """
-    return SealingMod(suite, site, tuple(share_metrics), minimum_sites, home, random_bytes)
+    return SealingMod(suite, site, tuple(share_metrics), minimum_sites, home, random_bytes, check)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class SealingMod:
     minimum_sites: int = 3
     home: Path | None = None
     random_bytes: RandomBytes = field(default=os.urandom, repr=False)
+    check: Callable[[RoundContext], None] | None = None
     # Made when first needed, so that the mod itself can be sent to another process.
     _suites: dict[int, SiteSuite] = field(default_factory=dict, repr=False, compare=False)
 
@@ -91,7 +102,11 @@ class SealingMod:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Handle one message of the coordinator."""
+        if _around.get():
+            return call_next(message, context)
+        nonce: bytes | None = None
         try:
+            nonce = envelope.nonce_of(message.content)
             if messages.has_header(message.content):
                 content = self._dispatch(message, context, call_next)
             else:
@@ -107,17 +122,38 @@ class SealingMod:
             # Flower would send the text of the error to the coordinator.
             log.exception("an error in the site's own software")
             content = _fault("site-error", "an error in the site's own software; its own log says which")
-        return Message(content, reply_to=message)
+        return Message(self._signed(content, nonce, context), reply_to=message)
+
+    def _signed(self, content: RecordDict, nonce: bytes | None, context: Context) -> RecordDict:
+        """The reply with this site's signature (rule 5), where it has an identity and was given a nonce."""
+        try:
+            identity = self._identity(context)
+        except Exception:
+            # Its text names files of this site. A reply that is not signed costs the site its part, not its secrets.
+            log.exception("this site's own keys cannot be used")
+            return content
+        return content if nonce is None or identity is None else envelope.sign(content, nonce, identity)
+
+    def _identity(self, context: Context) -> Identity | None:
+        home = self.home or context.node_config.get(HOME)
+        if home is not None:
+            return load_identity(Path(str(home)))
+        identity: Identity | None = getattr(self.suite(context), "identity", None)
+        return identity
 
     def _dispatch(self, message: Message, context: Context, call_next: ClientAppCallable) -> RecordDict:
         request, blocks = messages.unpack(message.content)
-        match request:
-            case messages.Hello():
-                return self._introduce(request, context)
-            case messages.Train():
-                return self._train(request, message, context, call_next)
-            case messages.Question():
-                return self._answer(request, blocks, context)
+        if isinstance(request, messages.Hello):
+            return self._introduce(request, context)
+        book = self._ledger(context)
+        with book.hold():
+            match request:
+                case messages.Train():
+                    return self._train(request, message, context, call_next, book)
+                case messages.Again():
+                    return self._seal_again(request, context, book)
+                case messages.Question():
+                    return self._answer(request, blocks, context, book)
         raise CoordinatorFault("unexpected", f"a site does not answer a message of kind {request.kind!r}")
 
     def _plain(self, message: Message, context: Context, call_next: ClientAppCallable) -> RecordDict:
@@ -128,7 +164,7 @@ class SealingMod:
                 f"this site only trains in sealed rounds, and got a plain {message.metadata.message_type!r} message; "
                 "the coordinator must use QuorumStrategy",
             )
-        reply = _run_app(call_next, message, context, "evaluation-failed")
+        reply = _run_app(call_next, _without_header(message), context, "evaluation-failed")
         return RecordDict(
             {
                 name: MetricRecord({k: v for k, v in record.items() if isinstance(v, int | float)})
@@ -143,44 +179,72 @@ class SealingMod:
         return messages.pack(introduction, (suite.public_key,) if suite.public_key else ())
 
     def _train(
-        self, request: messages.Train, message: Message, context: Context, call_next: ClientAppCallable
+        self,
+        request: messages.Train,
+        message: Message,
+        context: Context,
+        call_next: ClientAppCallable,
+        book: ledger.Ledger,
     ) -> RecordDict:
         round_context = request.context.round_context()
         suite = self.suite(context)
         _same_suite(suite, request.suite)
         model = _only_arrays(message.content)
-        self._acceptable(round_context, request.site, model)
-        book = self._ledger(context)
+        self._acceptable(round_context, request.site)
+        _same_model(round_context, model)
+        if (before := ledger.submitted(book, round_context)) is not None:
+            return messages.pack(messages.parse(before[0]), before[1])
         ledger.take_round(book, round_context)
 
         started = time.perf_counter()
         reply = _run_app(call_next, _without_header(message), context, "training-failed")
         trained = time.perf_counter()
-        update = clipped(_learnt(reply, model), round_context)
-        try:
-            state, blocks = suite.seal(round_context, update, self.random_bytes)
-        except UsageError as error:
-            # The suite's words name norms and positions of this site's data; they stay in its own log.
-            log.warning("round %d: cannot seal: %s", round_context.round, error)
-            raise Refusal("not-sealable", "the site's update cannot be sealed (not finite or out of range)") from error
-        ledger.remember(book, round_context, state, blocks if suite.keeps_upload else None)
-        sealed = time.perf_counter()
-
         metrics = {
             k: float(v) for r in reply.metric_records.values() for k, v in r.items() if isinstance(v, int | float)
         }
+        update = clipped(_learnt(reply, model), round_context)
+        # What has been trained is as large as the update; it is not needed while the update is sealed.
+        del reply
+        state, blocks = _sealable(
+            round_context, lambda: suite.seal(round_context, update, self.random_bytes, book.write_kept)
+        )
         submission = messages.Submission(
             context=round_context.digest().hex(),
             key_id=suite.key_id,
             examples=_count(metrics.get(EXAMPLES)),
             metrics={name: metrics[name] for name in self.share_metrics if math.isfinite(metrics.get(name, math.nan))},
             train_seconds=trained - started,
-            seal_seconds=sealed - trained,
+            seal_seconds=time.perf_counter() - trained,
         )
-        return messages.pack(submission, blocks)
+        return _submit(book, round_context, suite, state, submission, blocks)
 
-    def _answer(self, request: messages.Question, blocks: Blocks, context: Context) -> RecordDict:
-        suite, book = self.suite(context), self._ledger(context)
+    def _seal_again(self, request: messages.Again, context: Context, book: ledger.Ledger) -> RecordDict:
+        """Another attempt at the round: no training, the app is not called, the same integers."""
+        round_context = request.context.round_context()
+        suite = self.suite(context)
+        _same_suite(suite, request.suite)
+        self._acceptable(round_context, request.site)
+        if (sent := ledger.submitted(book, round_context)) is not None:
+            return messages.pack(messages.parse(sent[0]), sent[1])
+        before = ledger.earlier_attempt(book, round_context)
+        started = time.perf_counter()
+        state, blocks = _sealable(
+            round_context, lambda: suite.reseal(round_context, before, book.read_kept(), self.random_bytes)
+        )
+        # The attempt before ends here: its state goes first, then its upload.
+        ledger.take_attempt(book, round_context)
+        submission = messages.Submission(
+            context=round_context.digest().hex(),
+            key_id=suite.key_id,
+            examples=0,
+            metrics={},
+            train_seconds=0.0,
+            seal_seconds=time.perf_counter() - started,
+        )
+        return _submit(book, round_context, suite, state, submission, blocks)
+
+    def _answer(self, request: messages.Question, blocks: Blocks, context: Context, book: ledger.Ledger) -> RecordDict:
+        suite = self.suite(context)
         round_context, state = ledger.recall(book, request.context)
         upload = book.read_upload() if suite.keeps_upload else ()
         state, answer = suite.answer(round_context, state, request.phase, blocks, self.random_bytes, upload)
@@ -192,8 +256,10 @@ class SealingMod:
         folder = self.home or context.node_config.get(HOME)
         return ledger.StateLedger(context.state) if folder is None else ledger.FolderLedger(Path(str(folder)))
 
-    def _acceptable(self, round_context: RoundContext, site: str, model: ArrayRecord) -> None:
+    def _acceptable(self, round_context: RoundContext, site: str) -> None:
         sites = round_context.sites
+        if self.check is not None:
+            self.check(round_context)
         if site not in sites or list(sites) != sorted(set(sites)):
             raise CoordinatorFault("wrong-roster", "the roster is not sorted and unique, or does not hold this site")
         if len(sites) < self.minimum_sites:
@@ -204,13 +270,6 @@ class SealingMod:
             raise CoordinatorFault(
                 "wrong-bound", f"{len(sites)} sites cannot tolerate {round_context.tolerate} malicious ones"
             )
-        dimension = arrays.dimension(model)
-        if round_context.dimension != dimension:
-            raise CoordinatorFault(
-                "wrong-shape", f"the model has {dimension} parameters, the round says {round_context.dimension}"
-            )
-        if round_context.model != arrays.fingerprint(model):
-            raise CoordinatorFault("wrong-model", "the model is not the one that the round is about")
 
     def _name(self, context: Context) -> str:
         config = context.node_config
@@ -227,11 +286,44 @@ def _fault(code: str, message: str) -> RecordDict:
     return messages.pack(messages.Fault(code=code, message=message))
 
 
+def _submit(
+    book: ledger.Ledger,
+    round_context: RoundContext,
+    suite: SiteSuite,
+    state: bytes,
+    submission: messages.Submission,
+    blocks: Blocks,
+) -> RecordDict:
+    """Keep what is submitted, then let it go: asked for it again, the site sends the very same."""
+    kept = blocks if suite.keeps_upload or book.durable else None
+    ledger.remember(book, round_context, state, kept, submission.model_dump_json())
+    return messages.pack(submission, blocks)
+
+
 def _same_suite(suite: SiteSuite, asked: str) -> None:
     if asked != suite.name:
         raise CoordinatorFault(
             "wrong-suite", f"the coordinator uses suite {asked!r}, this site {suite.name!r}; configure the same"
         )
+
+
+def _same_model(round_context: RoundContext, model: ArrayRecord) -> None:
+    dimension = arrays.dimension(model)
+    if round_context.dimension != dimension:
+        raise CoordinatorFault(
+            "wrong-shape", f"the model has {dimension} parameters, the round says {round_context.dimension}"
+        )
+    if round_context.model != arrays.fingerprint(model):
+        raise CoordinatorFault("wrong-model", "the model is not the one that the round is about")
+
+
+def _sealable(round_context: RoundContext, step: Callable[[], tuple[bytes, Blocks]]) -> tuple[bytes, Blocks]:
+    """What sealing gives; the suite's words name norms and positions of this site's data and stay in its own log."""
+    try:
+        return step()
+    except UsageError as error:
+        log.warning("round %d: cannot seal: %s", round_context.round, error)
+        raise Refusal("not-sealable", "the site's update cannot be sealed (not finite or out of range)") from error
 
 
 def clipped(update: NDArray[np.float32], context: RoundContext) -> NDArray[np.float32]:
@@ -243,11 +335,14 @@ def clipped(update: NDArray[np.float32], context: RoundContext) -> NDArray[np.fl
 
 
 def _run_app(call_next: ClientAppCallable, message: Message, context: Context, code: str) -> RecordDict:
+    token = _around.set(True)
     try:
         reply = call_next(message, context)
     except Exception as error:
         log.exception("the app raised")
         raise Refusal(code, "the site's app raised an error; its own log says which") from error
+    finally:
+        _around.reset(token)
     if not reply.has_content():
         raise Refusal(code, "the site's app replied with an error; its own log says which")
     return reply.content
@@ -271,7 +366,7 @@ def _only_arrays(content: RecordDict) -> ArrayRecord:
 
 def _without_header(message: Message) -> Message:
     # Flower offers no public way to a message with the same metadata and another content.
-    bare: Message = Message(metadata=message.metadata, content=messages.strip(message.content))  # type: ignore[call-overload]
+    bare: Message = Message(metadata=message.metadata, content=envelope.strip(messages.strip(message.content)))  # type: ignore[call-overload]
     return bare
 
 

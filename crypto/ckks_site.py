@@ -37,7 +37,7 @@ from quorsum.crypto.ckks_wire import (
 from quorsum.crypto.flatten import flatten
 from quorsum.crypto.flooding import flooding_noise
 from quorsum.crypto.randomness import tagged_hash
-from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, Vector
+from quorsum.crypto.suite import Blocks, Keep, RandomBytes, RoundContext, Vector
 from quorsum.errors import CoordinatorFault, UsageError
 
 __all__ = ["CkksSite"]
@@ -86,7 +86,9 @@ class CkksSite:
         """No."""
         return False
 
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def seal(
+        self, context: RoundContext, update: Vector, random_bytes: RandomBytes, keep: Keep | None = None
+    ) -> tuple[bytes, Blocks]:
         """Encrypt one update, shape (d,), float32 or float64, finite, at most ``MAX_NORM`` units long.
 
         The update is not clipped here, whatever ``context.clip`` says: the caller does that. ``random_bytes`` is not
@@ -109,6 +111,16 @@ class CkksSite:
             )
         slots = flatten(context.digest(), update.astype(np.float64, copy=False)) * slot_factor(context)
         return _write_state(context, {}), pack_blocks(self._encrypt(slots))
+
+    def reseal(
+        self, context: RoundContext, state: bytes, kept: Blocks, random_bytes: RandomBytes
+    ) -> tuple[bytes, Blocks]:
+        """Refuse: an answer is noisy, and answers of several attempts would average the noise away.
+
+        Raises:
+            CoordinatorFault: always.
+        """
+        raise CoordinatorFault("one-attempt", "the suite ckks has one attempt at a round")
 
     def _encrypt(self, slots: NDArray[np.float64]) -> Iterator[bytes]:
         """Yield the ciphertexts of consecutive runs of 4096 slots, the last one padded with zeros."""

@@ -23,6 +23,7 @@ __all__ = [
     "FieldArray",
     "P",
     "add",
+    "add_signed",
     "centred",
     "dot",
     "from_bytes",
@@ -65,6 +66,14 @@ def reduce(x: NDArray[np.uint64]) -> FieldArray:
 def add(a: FieldArray, b: FieldArray) -> FieldArray:
     """``a + b``, elementwise, with broadcasting."""
     total = a + b
+    return np.asarray(np.minimum(total, total - np.uint64(P)))
+
+
+def add_signed(a: FieldArray, x: NDArray[np.signedinteger[Any]]) -> FieldArray:
+    """``a + x`` for signed integers in [-p, p], elementwise, with broadcasting; faster than through from_signed."""
+    total = a + x.astype(np.int64, copy=False).view(np.uint64)
+    # A negative sum has wrapped round to at least 2^64 - p, as in sub; after that the sum is below 2 p, as in add.
+    total = np.minimum(total, total + np.uint64(P))
     return np.asarray(np.minimum(total, total - np.uint64(P)))
 
 

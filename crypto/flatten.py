@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quorsum.crypto.randomness import expand
 
-__all__ = ["FLATTEN_CHUNK", "flatten", "flattening_signs"]
+__all__ = ["FLATTEN_CHUNK", "as_signs", "flatten", "flattening_signs"]
 
 FLATTEN_CHUNK = 1 << 20
 """Signs expanded at a time; part of the definition, since each chunk is expanded under its own number."""
@@ -35,7 +35,12 @@ def flattening_signs(digest: bytes, dimension: int) -> Iterator[tuple[int, NDArr
         count = min(FLATTEN_CHUNK, dimension - start)
         number = (start // FLATTEN_CHUNK).to_bytes(8, "little")
         raw = np.frombuffer(expand("flatten", digest, number, length=(count + 7) // 8), dtype=np.uint8)
-        yield start, np.unpackbits(raw, count=count, bitorder="little").astype(np.bool_)
+        yield start, np.unpackbits(raw, count=count, bitorder="little").view(np.bool_)
+
+
+def as_signs(negative: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """-1 where ``negative``, else +1. A product with them is exact, and much faster than negating scattered places."""
+    return 1 - 2 * negative.view(np.int8)
 
 
 def flatten(digest: bytes, vector: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -50,6 +55,5 @@ def flatten(digest: bytes, vector: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     flat = vector.copy()
     for start, negative in flattening_signs(digest, vector.size):
-        part = flat[start : start + negative.size]
-        np.negative(part, out=part, where=negative)
+        flat[start : start + negative.size] *= as_signs(negative)
     return flat

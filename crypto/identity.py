@@ -49,7 +49,7 @@ def _has_small_order(montgomery: bytes) -> bool:
 def _montgomery(edwards: bytes) -> bytes:
     """Map an Ed25519 key to u = (1 + y) / (1 - y); the neutral element, where u is infinite, is taken to zero."""
     y = (int.from_bytes(edwards, "little") & (2**255 - 1)) % _CURVE
-    u = (1 + y) * pow(1 - y, _CURVE - 2, _CURVE) % _CURVE
+    u = (1 + y) * pow(1 - y, -1, _CURVE) % _CURVE if y != 1 else 0
     return u.to_bytes(_KEY, "little")
 
 

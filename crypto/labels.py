@@ -14,11 +14,9 @@ from quorsum.crypto.randomness import tagged_hash as tagged
 __all__ = [
     "CHECK",
     "COMMITMENT",
-    "CONTEXT",
     "DEAL",
     "FLATTEN_XOF",
     "GAMMA_SHARES",
-    "GAMMA_ZEROS",
     "HPKE_INFO",
     "IDENTITY",
     "LABELS",
@@ -26,10 +24,12 @@ __all__ = [
     "MERKLE_LEAF",
     "MERKLE_NODE",
     "MERKLE_ROOT",
+    "MESSAGE",
     "NONCE",
     "POINTS",
     "QUESTION",
     "ROOT",
+    "ROOT_CERTIFICATE",
     "SEED",
     "SKETCH_ROTATIONS",
     "SKETCH_SIGNS",
@@ -38,13 +38,12 @@ __all__ = [
     "TICKET",
     "UPLOAD",
     "VIEW",
+    "VIEW_CERTIFICATE",
     "tagged",
 ]
 
 IDENTITY: Final = "sealed-identity"
 """Fingerprint of a site's long-term public keys."""
-CONTEXT: Final = "sealed-context"
-"""What a round is about; enters every later byte."""
 NONCE: Final = "sealed-nonce"
 """The coordinator's commitment to its nonce."""
 SUBMISSION: Final = "sealed-submission"
@@ -64,11 +63,15 @@ MERKLE_NODE: Final = "sealed-merkle-node"
 MERKLE_ROOT: Final = "sealed-merkle-root"
 """The top of the tree, bound to the number of leaves."""
 ROOT: Final = "sealed-root"
+"""The root: all submissions of one context."""
+ROOT_CERTIFICATE: Final = "sealed-root-certificate"
 """A root, as sites sign it."""
 SEED: Final = "sealed-seed"
 """The seed of the sketches and checks, from the root and the coordinator's nonce."""
 VIEW: Final = "sealed-view"
-"""A site's view of root, seed and sketches, as it signs it."""
+"""The view: root, seed, dealers and sketches."""
+VIEW_CERTIFICATE: Final = "sealed-view-certificate"
+"""A view, as sites sign it."""
 CHECK: Final = "sealed-check-answer"
 """A site's check values, as it signs them."""
 POINTS: Final = "sealed-gram-points"
@@ -87,14 +90,13 @@ SKETCH_SIGNS: Final = "sealed-sketch-signs"
 """Expansion of the signs of the sketches."""
 SKETCH_ROTATIONS: Final = "sealed-sketch-rotations"
 """Expansion of the rotations of the sketches."""
+MESSAGE: Final = "message"
+"""A site's reply to one instruction, whatever its suite, as it signs it."""
 GAMMA_SHARES: Final = "sealed-gamma-shares"
-"""Expansion of the coefficients that check the shares of keys."""
-GAMMA_ZEROS: Final = "sealed-gamma-zeros"
-"""Expansion of the coefficients that check the sharings of zero."""
+"""Expansion of the coefficients that check the shares of keys and the sharings of zero."""
 
 LABELS: Final = (
     IDENTITY,
-    CONTEXT,
     NONCE,
     SUBMISSION,
     COMMITMENT,
@@ -105,8 +107,10 @@ LABELS: Final = (
     MERKLE_NODE,
     MERKLE_ROOT,
     ROOT,
+    ROOT_CERTIFICATE,
     SEED,
     VIEW,
+    VIEW_CERTIFICATE,
     CHECK,
     POINTS,
     QUESTION,
@@ -117,6 +121,6 @@ LABELS: Final = (
     SKETCH_SIGNS,
     SKETCH_ROTATIONS,
     GAMMA_SHARES,
-    GAMMA_ZEROS,
+    MESSAGE,
 )
 """All of them, for the test that no two are equal."""

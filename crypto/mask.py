@@ -102,7 +102,7 @@ def _mask_blocks(
         # The last block gets errors in full: its padding must not show products with the key.
         e = centred_binomial(SEALED_V1.eta_error, x.size, random_bytes).reshape(x.shape)
         masked = ring.multiply_short(uniform_blocks(seed, first, len(x)), key)
-        yield field.add(masked, field.from_signed(x.astype(np.int64) + e))
+        yield field.add_signed(masked, np.add(x, e, dtype=np.int64))
         first += len(x)
 
 
@@ -154,6 +154,10 @@ def _count_bits(number: int, count: int, random_bytes: RandomBytes) -> NDArray[n
         if width >= 8:
             total += np.bitwise_count(np.frombuffer(raw, dtype=f"<u{width // 8}"))
         else:
-            packed = np.frombuffer(raw, dtype=np.uint8)[:, None] >> np.arange(0, 8, width, dtype=np.uint8)
-            total += np.bitwise_count(packed & np.uint8((1 << width) - 1)).reshape(-1)[:count]
+            packed = np.frombuffer(raw, dtype=np.uint8)
+            # The lowest bits of a byte belong to the first of the integers that share it.
+            for first in range(8 // width):
+                part = total[first :: 8 // width]
+                taken = (packed[: part.size] >> np.uint8(width * first)) & np.uint8((1 << width) - 1)
+                part += np.bitwise_count(taken)
     return total

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quorsum.crypto.checks import EXACT_TOLERANCE, check_context, check_update, check_weights
-from quorsum.crypto.suite import Blocks, Dialogue, Measured, Opened, RandomBytes, RoundContext, Site, Vector
+from quorsum.crypto.suite import Blocks, Dialogue, Keep, Measured, Opened, RandomBytes, RoundContext, Site, Vector
 from quorsum.errors import CoordinatorFault, KeyMaterialError, SiteFault, UsageError
 
 __all__ = ["PLAIN_BLOCK", "PlainCoordinator", "PlainSite", "PlainUpload"]
@@ -61,7 +61,9 @@ class PlainSite:
         """No."""
         return False
 
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def seal(
+        self, context: RoundContext, update: Vector, random_bytes: RandomBytes, keep: Keep | None = None
+    ) -> tuple[bytes, Blocks]:
         """Write one update, shape (d,), as float32 blocks. The state is empty, no randomness is used.
 
         Raises:
@@ -77,6 +79,16 @@ class PlainSite:
                 raise UsageError(f"the update at index {index} is too large for float32")
             blocks.append(part.tobytes())
         return b"", tuple(blocks)
+
+    def reseal(
+        self, context: RoundContext, state: bytes, kept: Blocks, random_bytes: RandomBytes
+    ) -> tuple[bytes, Blocks]:
+        """Refuse: nothing can fail that another attempt would mend.
+
+        Raises:
+            CoordinatorFault: always.
+        """
+        raise CoordinatorFault("one-attempt", "the suite plain has one attempt at a round")
 
     def answer(
         self,

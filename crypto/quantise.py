@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from quorsum.crypto.flatten import flatten, flattening_signs
+from quorsum.crypto.flatten import as_signs, flatten, flattening_signs
 from quorsum.crypto.randomness import draw
 from quorsum.crypto.suite import RandomBytes, Vector
 from quorsum.errors import UsageError
@@ -52,7 +52,7 @@ def quantise(update: Vector, scale: float, digest: bytes, random_bytes: RandomBy
             with np.errstate(over="ignore"):
                 value *= scale
             _check_range(update, value, start)
-            np.negative(value, out=value, where=negative[offset : offset + _CHUNK])
+            value *= as_signs(negative[offset : offset + _CHUNK])
             integers[start : start + _CHUNK] = _round_at_random(value, random_bytes)
     return integers
 
@@ -84,17 +84,21 @@ def _check_scale(scale: float) -> None:
 
 def _check_range(update: Vector, value: NDArray[np.float64], start: int) -> None:
     # Written so that NaN fails too.
-    bad = ~(np.abs(value) <= _LARGEST)
-    if not bad.any():
+    if value.min() >= -_LARGEST and value.max() <= _LARGEST:
         return
-    index = start + int(np.flatnonzero(bad)[0])
+    index = start + int(np.flatnonzero(~(np.abs(value) <= _LARGEST))[0])
     if not np.isfinite(update[index]):
         raise UsageError(f"the update at index {index} is {update[index]}; its training has diverged")
     raise UsageError(f"the update at index {index} is too large for this scale; clip it to the reference norm first")
 
 
 def _round_at_random(value: NDArray[np.float64], random_bytes: RandomBytes) -> NDArray[np.float64]:
+    """Integers; overwrites ``value``."""
     lower = np.floor(value)
     uniform = np.frombuffer(draw(random_bytes, 4 * value.size), dtype="<u4")
     # P[up] = P[u + 1/2 < 2^32 (value - lower)]: the half makes the error of a 32-bit u symmetric.
-    return lower + (uniform < (value - lower) * 2.0**32 - 0.5)
+    value -= lower
+    value *= 2.0**32
+    value -= 0.5
+    lower += uniform < value
+    return lower

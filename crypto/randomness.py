@@ -18,7 +18,11 @@ from numpy.typing import NDArray
 from quorsum.crypto.suite import RandomBytes
 from quorsum.errors import UsageError
 
-__all__ = ["draw", "draw_signs", "expand", "stretched", "tagged_hash"]
+__all__ = ["draw", "draw_signs", "expand", "stretched", "tagged_hash", "zeros"]
+
+# Enciphering zeros gives the key stream. Whoever asks for half a megabyte again and again would spend more time on
+# fresh zeros than on the cipher.
+_ZEROS = bytes(1 << 19)
 
 
 def _encoded(tag: str, parts: tuple[bytes, ...]) -> Iterator[bytes]:
@@ -75,4 +79,9 @@ def stretched(random_bytes: RandomBytes) -> RandomBytes:
     parameter. Nothing is kept: the key lives as long as the returned function.
     """
     stream = Cipher(AES(draw(random_bytes, 32)), CTR(bytes(16))).encryptor()
-    return lambda count: stream.update(bytes(count))
+    return lambda count: stream.update(zeros(count))
+
+
+def zeros(count: int) -> bytes | memoryview:
+    """That many zero bytes, to be read only; up to half a megabyte without making them anew."""
+    return memoryview(_ZEROS)[:count] if count <= len(_ZEROS) else bytes(count)

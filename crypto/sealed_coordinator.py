@@ -43,6 +43,7 @@ from quorsum.crypto.sealed_site import (
     digest_of_deal,
     digest_of_upload,
     points_statement,
+    sum_statement,
     ticket_of,
 )
 from quorsum.crypto.sealed_wire import pack_message, read_array, read_head, read_hex, read_names
@@ -300,6 +301,8 @@ class SealedRound:
         replies = yield Ask("gram", dict.fromkeys(views, question))
         # Who has left as a holder gives no points, and signs a ticket all the same: a quorum is counted among all.
         informed = tuple(replies)
+        # Fewer could not sign enough tickets, and whoever signs one joins no other attempt at the round.
+        _need(len(informed), bounds_of(context).quorum, "followed the view", faults)
         replies = {site: blocks for site, blocks in replies.items() if site in holders}
         points, signed = self._read_points(context, view, accepted, replies, faults)
         found = geometry(context, accepted, points, elimination.f_left, random_bytes)
@@ -317,7 +320,10 @@ class SealedRound:
         for site in dealers:
             if site not in checks:
                 faults.setdefault(site, SiteFault(site, "no-view", "did not sign the view", proven=False))
-        faults |= {site: SiteFault(site, "inconsistent", reason) for site, reason in found.reasons.items()}
+        faults |= {
+            site: SiteFault(site, "inconsistent", reason, proven=site not in found.guessed)
+            for site, reason in found.reasons.items()
+        }
         faults |= {
             site: SiteFault(site, "wrong-points", "gave wrong points of the Gram matrix") for site in found.liars
         }
@@ -339,7 +345,7 @@ class SealedRound:
         for site, blocks in replies.items():
             try:
                 signature = read_hex(read_head(blocks, 0), "signature", 64)
-                if not self._public(site).verify(signature, labels.ROOT, context.digest(), root):
+                if not self._public(site).verify(signature, labels.ROOT_CERTIFICATE, context.digest(), root):
                     raise Refusal("wrong-signature", "its signature of the root is wrong")
                 signatures[site] = signature
             except Refusal as refusal:
@@ -365,7 +371,7 @@ class SealedRound:
                 named = read_names(head, "complaints", dealers)
                 values = read_array(blocks[1], (len(dealers), 2))
                 public = self._public(site)
-                if not public.verify(signature, labels.VIEW, context.digest(), view):
+                if not public.verify(signature, labels.VIEW_CERTIFICATE, context.digest(), view):
                     raise Refusal("wrong-signature", "its signature of the view is wrong")
                 if not public.verify(proof, *check_statement(context, view, named, blocks[1])):
                     raise Refusal("wrong-signature", "its check answer is not signed by it")
@@ -434,20 +440,12 @@ class SealedRound:
             "tickets": {site: signature.hex() for site, signature in tickets.items()},
         }
         replies = yield Ask("sum", {site: pack_message(head) for site in fixed.holders if site in tickets})
-        shares: dict[int, NDArray[np.uint64]] = {}
-        for site, blocks in replies.items():
-            try:
-                read_head(blocks, 1)
-                shares[context.sites.index(site) + 1] = read_array(blocks[1], (SEALED_V1.degree,))
-            except Refusal as refusal:
-                faults[site] = SiteFault(site, refusal.code, f"its sum share: {refusal.message}", proven=False)
+        shares = self._read_shares(context, fixed.view, chosen, replies, faults)
         decoded = decode(shares, context.collude, fixed.left, random_bytes)
-        faults |= {
-            context.sites[holder - 1]: SiteFault(
-                context.sites[holder - 1], "wrong-share", "gave a wrong sum share", proven=False
-            )
-            for holder in decoded.liars
-        }
+        # Like a wrong point, a wrong share carries its giver's signature.
+        for holder in decoded.liars:
+            site = context.sites[holder - 1]
+            faults[site] = SiteFault(site, "wrong-share", "gave a wrong share of the sum of the keys")
 
         # 7 open: sum_S y_i - a s_S
         total = self._open(context, fixed, uploads, chosen, decoded.values)
@@ -464,16 +462,38 @@ class SealedRound:
         for site, blocks in replies.items():
             try:
                 reply = read_head(blocks, 0)
-                if read_names(reply, "selected", context.sites) != chosen:
-                    raise Refusal("wrong-set", "it signed for another set")
-                signature = read_hex(reply, "signature", 64)
-                if not self._public(site).verify(signature, *ticket_of(context, fixed.view, chosen)):
-                    raise Refusal("wrong-signature", "its ticket is not signed by it")
+                selected, signature = read_names(reply, "selected", context.sites), read_hex(reply, "signature", 64)
+                if not self._public(site).verify(signature, *ticket_of(context, fixed.view, selected)):
+                    raise Refusal("wrong-signature", "it is not signed by it")
+                # Signed, and still no proof: rules compute in float64, where machines may differ.
+                if selected != chosen:
+                    raise Refusal("wrong-set", "it stands for another set")
                 tickets[site] = signature
             except Refusal as refusal:
                 faults[site] = SiteFault(site, refusal.code, f"its ticket: {refusal.message}", proven=False)
         _need(len(tickets), bounds_of(context).quorum, "signed a ticket for the set", faults)
         return tickets
+
+    def _read_shares(
+        self,
+        context: RoundContext,
+        view: bytes,
+        chosen: tuple[Site, ...],
+        replies: Mapping[Site, Blocks],
+        faults: dict[Site, SiteFault],
+    ) -> dict[int, NDArray[np.uint64]]:
+        shares: dict[int, NDArray[np.uint64]] = {}
+        for site, blocks in replies.items():
+            try:
+                signature = read_hex(read_head(blocks, 1), "signature", 64)
+                share = read_array(blocks[1], (SEALED_V1.degree,))
+                if not self._public(site).verify(signature, *sum_statement(context, view, chosen, blocks[1])):
+                    raise Refusal("wrong-signature", "it is not signed by it")
+            except Refusal as refusal:
+                faults[site] = SiteFault(site, refusal.code, f"its sum share: {refusal.message}", proven=False)
+                continue
+            shares[context.sites.index(site) + 1] = share
+        return shares
 
     def _open(
         self,

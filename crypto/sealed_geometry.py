@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import TypeAlias
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +41,31 @@ __all__ = [
     "view_of",
 ]
 
-Select: TypeAlias = Callable[[RoundContext, tuple[Site, ...], NDArray[np.float64], int], frozenset[Site]]
-"""``select(context, sites, gram, tolerate)``: the robust selection, the same function at both ends."""
+
+class Select(Protocol):
+    """The robust selection, the same at both ends."""
+
+    def __call__(
+        self, context: RoundContext, sites: tuple[Site, ...], gram: NDArray[np.float64], tolerate: int
+    ) -> frozenset[Site]:
+        """The set S.
+
+        Args:
+            context: the round; it names the rule, and the reference where the rule needs one.
+            sites: whose rows these are.
+            gram: float64, shape (m, m), in the squared units of updates.
+            tolerate: how many of these sites may be malicious.
+
+        Raises:
+            RoundFailed: nothing can be selected.
+        """
+
+    def check(self, context: RoundContext) -> None:
+        """Whether sites can repeat the selection that the context names.
+
+        Raises:
+            CoordinatorFault: they cannot.
+        """
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,7 @@ class Geometry:
         exact: their Gram matrix of the sketches, exact integers, shape (m, m).
         gram: float64, shape (m, m), per sketch and in the squared units of updates.
         reasons: for each dealer whose row was taken out, one sentence.
+        guessed: those of them of whom it is not certain that they are malicious.
         liars: holders whose points were wrong.
         tolerate: how many of ``sites`` may still be malicious.
     """
@@ -62,6 +86,7 @@ class Geometry:
     exact: tuple[tuple[int, ...], ...]
     gram: NDArray[np.float64]
     reasons: Mapping[Site, str]
+    guessed: frozenset[Site]
     liars: frozenset[Site]
     tolerate: int
 
@@ -182,6 +207,7 @@ def geometry(
         exact=kept,
         gram=gram,
         reasons={dealers[row]: reason for row, reason in verdict.reasons.items()},
+        guessed=frozenset(dealers[row] for row in verdict.guessed),
         liars=frozenset(context.sites[holder - 1] for holder in decoded.liars),
         tolerate=verdict.tolerate,
     )

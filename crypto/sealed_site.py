@@ -2,7 +2,8 @@
 
 What a site checks before it answers, in the order of the phases (docs/spec/sealed-round.md, section 3):
 
-* **seal**: the bounds hold, its own key is in the roster.
+* **seal**: the bounds hold, its own key is in the roster, and it could repeat the selection that the context names.
+* **reseal**, for a later attempt: the same, and it has signed no ticket. What it seals are the same integers.
 * **root**: its own submission is among those the root stands for. It signs one root per round.
 * **check**: Q sites signed this root; the coordinator's nonce is the one it had committed itself to; the sketch that
   the coordinator computed of *this* site's upload is right. It signs one view per round.
@@ -18,8 +19,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from typing import Any
 from zipfile import BadZipFile
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from quorsum.crypto import field, labels, ring, xof
 from quorsum.crypto.checks import check_update
+from quorsum.crypto.flatten import flattening_signs
 from quorsum.crypto.identity import Identity, PublicIdentity
 from quorsum.crypto.labels import tagged
 from quorsum.crypto.mask import draw_key, mask_blocks
@@ -47,7 +49,7 @@ from quorsum.crypto.sealed_geometry import (
     settle_disputes,
     view_of,
 )
-from quorsum.crypto.sealed_parameters import SEALED_V1, small_model
+from quorsum.crypto.sealed_parameters import SEALED_V1, SealedBounds, small_model
 from quorsum.crypto.sealed_wire import (
     pack_message,
     read_array,
@@ -59,10 +61,19 @@ from quorsum.crypto.sealed_wire import (
 from quorsum.crypto.share_checks import Challenge, CheckAnswer, challenge_from, check_values
 from quorsum.crypto.sharing import Deal, deal_length, deal_shares
 from quorsum.crypto.sketch import Sketcher, public_sketch
-from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, Site, Vector
-from quorsum.errors import BoundError, CoordinatorFault, Refusal, RoundFailed, UsageError
+from quorsum.crypto.suite import Blocks, Keep, RandomBytes, RoundContext, Site, Vector
+from quorsum.errors import BoundError, CoordinatorFault, KeyMaterialError, Refusal, RoundFailed, UsageError
 
-__all__ = ["PHASES", "SealedSite", "commitment_of", "digest_of_deal", "digest_of_upload"]
+__all__ = [
+    "PHASES",
+    "SealedSite",
+    "SiteState",
+    "commitment_of",
+    "digest_of_deal",
+    "digest_of_upload",
+    "number_of",
+    "submission",
+]
 
 PHASES = ("root", "check", "gram", "ticket", "sum")
 
@@ -90,7 +101,7 @@ def digest_of_upload(blocks: Blocks) -> bytes:
 
 
 @dataclass(frozen=True)
-class _State:
+class SiteState:
     """What a site keeps of a round, beside its upload.
 
     Attributes:
@@ -107,10 +118,12 @@ class _State:
     points: NDArray[np.uint64]
     zeros: NDArray[np.uint64]
 
-    def with_facts(self, **facts: Any) -> _State:
-        return _State({**self.facts, **facts}, self.own, self.shares, self.points, self.zeros)
+    def with_facts(self, **facts: Any) -> SiteState:
+        """The same state with further small things."""
+        return SiteState({**self.facts, **facts}, self.own, self.shares, self.points, self.zeros)
 
     def to_bytes(self) -> bytes:
+        """The state as the site stores it."""
         out = io.BytesIO()
         text = np.frombuffer(json.dumps(dict(self.facts)).encode(), np.uint8)
         own = np.frombuffer(self.own, np.uint8)
@@ -118,7 +131,12 @@ class _State:
         return out.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> _State:
+    def from_bytes(cls, data: bytes) -> SiteState:
+        """The state as it was stored.
+
+        Raises:
+            CoordinatorFault: there is none: nothing was sealed.
+        """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as parts:
                 facts = json.loads(parts["facts"].tobytes())
@@ -127,7 +145,49 @@ class _State:
             raise CoordinatorFault("unknown-round", "nothing was sealed in this round") from None
 
 
-_NOTHING = np.zeros((0, 0), np.uint64)
+def number_of(context: RoundContext, public_key: bytes) -> int:
+    """The number, from 1, that the site with this key has as a holder.
+
+    Raises:
+        CoordinatorFault: the key is not in the roster.
+    """
+    own = public_key.hex()
+    if own not in context.keys:
+        raise CoordinatorFault("wrong-roster", "this site's key is not in the roster of the round")
+    return context.keys.index(own) + 1
+
+
+def submission(
+    identity: Identity, context: RoundContext, number: int, upload: Blocks, deals: Sequence[Deal]
+) -> tuple[bytes, Blocks]:
+    """Seal the deals, commit to them and to the upload, sign: what ``SealedSite.seal`` does after masking.
+
+    Args:
+        identity: the keys of the site.
+        context: the round.
+        number: the site's number as a holder, from 1.
+        upload: the masked update in batches.
+        deals: what each holder is given, in roster order.
+
+    Returns:
+        the private state, and the blocks: head, sealed deals, masked update in batches.
+    """
+    digest, own = context.digest(), context.sites[number - 1]
+    sealed = [
+        b"" if holder == number else _seal_deal(context, own, holder, deal) for holder, deal in enumerate(deals, 1)
+    ]
+    digests = b"".join(digest_of_deal(one) if one else bytes(32) for one in sealed)
+    commitment = commitment_of(context, own, digests, digest_of_upload(upload))
+    head = {"signature": identity.sign(labels.SUBMISSION, digest, commitment).hex()}
+    nothing = np.zeros((0, 0), np.uint64)
+    facts = {"context": digest.hex(), "commitment": commitment.hex()}
+    state = SiteState(facts, deals[number - 1].to_bytes(), nothing, nothing, nothing)
+    return state.to_bytes(), (*pack_message(head, b"".join(sealed)), *upload)
+
+
+def _seal_deal(context: RoundContext, dealer: Site, holder: int, deal: Deal) -> bytes:
+    public = PublicIdentity.from_bytes(bytes.fromhex(context.keys[holder - 1]))
+    return public.seal(deal.to_bytes(), _deal_info(context, dealer, context.sites[holder - 1]))
 
 
 @dataclass(frozen=True)
@@ -170,7 +230,9 @@ class SealedSite:
 
     # --- seal ---
 
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def seal(
+        self, context: RoundContext, update: Vector, random_bytes: RandomBytes, keep: Keep | None = None
+    ) -> tuple[bytes, Blocks]:
         """Mask one update and share the mask's key among all sites.
 
         Returns:
@@ -178,51 +240,68 @@ class SealedSite:
 
         Raises:
             UsageError: the update has the wrong shape, is not finite, or the model is too small or too large.
-            CoordinatorFault: the roster or the bounds are not acceptable.
+            CoordinatorFault: the roster or the bounds are not acceptable, or the selection could not be repeated.
         """
         check_update(context, update)
-        number = self._number(context)
+        bounds = self._admitted(context)
+        digest = context.digest()
+        # The key comes from the source itself, the many small errors from a stretch of it.
+        key, many = draw_key(random_bytes), stretched(random_bytes)
+        integers = quantise(update, scale_of(context), digest, many)
+        if keep is not None:
+            keep(_kept(context, integers))
+        return self._masked(context, bounds, key, integers, many, random_bytes)
+
+    def reseal(
+        self, context: RoundContext, state: bytes, kept: Blocks, random_bytes: RandomBytes
+    ) -> tuple[bytes, Blocks]:
+        """Mask the integers of the first attempt again, with a fresh key, fresh errors and a fresh sharing.
+
+        Raises:
+            CoordinatorFault: ``ticket-signed``: the site has signed a set in the attempt before, and a sum over another
+                one would show their difference; ``one-attempt``: the rule has a reference, which may choose so small a
+                set that those who signed for it are not in it; or as ``seal``.
+            KeyMaterialError: ``ledger-damaged``: what was kept is not what this round's first attempt sealed.
+            UsageError: the model is too small or too large.
+        """
+        if "asked-ticket" in SiteState.from_bytes(state).facts:
+            raise CoordinatorFault("ticket-signed", "this site has signed a ticket and joins no other attempt")
+        bounds = self._admitted(context)
+        if context.reference:
+            raise CoordinatorFault("one-attempt", "a round whose rule has a reference has one attempt")
+        integers = _integers(context, kept)
+        return self._masked(context, bounds, draw_key(random_bytes), integers, stretched(random_bytes), random_bytes)
+
+    def _admitted(self, context: RoundContext) -> SealedBounds:
+        """The bounds of a round that this site's policy lets it take part in; see ``seal`` for what is raised."""
+        # A roster without this site is refused as one, whatever its bounds.
+        number_of(context, self.public_key)
         bounds = _acceptable(context)
+        self.select.check(context)
         if bounds.tau < self.least_collude:
             raise CoordinatorFault(
                 "wrong-bound", f"a round with tau = {bounds.tau}, this site's policy asks for {self.least_collude}"
             )
         if small_model(context.dimension) and not self.accept_small_models:
             raise UsageError(f"{SEALED_V1.small_model_sentence(context.dimension)}; accept that by name, or use ckks")
-        digest = context.digest()
-        # y_j = a_j s + e_j + x_j; the key comes from the source itself, the many small errors from a stretch of it
-        key, many = draw_key(random_bytes), stretched(random_bytes)
-        integers = quantise(update, scale_of(context), digest, many)
-        upload = tuple(field.to_bytes(batch) for batch in mask_blocks(digest, key, integers, many))
+        return bounds
+
+    def _masked(
+        self,
+        context: RoundContext,
+        bounds: SealedBounds,
+        key: NDArray[np.int8],
+        integers: NDArray[np.int32],
+        many: RandomBytes,
+        random_bytes: RandomBytes,
+    ) -> tuple[bytes, Blocks]:
+        # y_j = a_j s + e_j + x_j
+        upload = tuple(field.to_bytes(batch) for batch in mask_blocks(context.digest(), key, integers, many))
         deals = deal_shares(field.from_signed(key.astype(np.int64)), bounds, random_bytes)
-        sealed = [
-            b"" if holder == number else self._seal_deal(context, holder, deal) for holder, deal in enumerate(deals, 1)
-        ]
-        digests = b"".join(digest_of_deal(one) if one else bytes(32) for one in sealed)
-        commitment = commitment_of(context, self._name(context), digests, digest_of_upload(upload))
-        head = {"signature": self.identity.sign(labels.SUBMISSION, digest, commitment).hex()}
-        state = _State(
-            {"context": digest.hex(), "commitment": commitment.hex()},
-            deals[number - 1].to_bytes(),
-            _NOTHING,
-            _NOTHING,
-            _NOTHING,
-        )
-        return state.to_bytes(), (*pack_message(head, b"".join(sealed)), *upload)
-
-    def _seal_deal(self, context: RoundContext, holder: int, deal: Deal) -> bytes:
-        public = PublicIdentity.from_bytes(bytes.fromhex(context.keys[holder - 1]))
-        return public.seal(deal.to_bytes(), _deal_info(context, self._name(context), context.sites[holder - 1]))
-
-    def _number(self, context: RoundContext) -> int:
-        """This site's number as a holder, from 1."""
-        own = self.public_key.hex()
-        if own not in context.keys:
-            raise CoordinatorFault("wrong-roster", "this site's key is not in the roster of the round")
-        return context.keys.index(own) + 1
+        return submission(self.identity, context, number_of(context, self.public_key), upload, deals)
 
     def _name(self, context: RoundContext) -> Site:
-        return context.sites[self._number(context) - 1]
+        return context.sites[number_of(context, self.public_key) - 1]
 
     # --- answer ---
 
@@ -240,7 +319,7 @@ class SealedSite:
         Raises:
             CoordinatorFault: the question is malformed, out of order, or one that the site may not answer.
         """
-        steps: dict[str, Callable[..., tuple[_State, Blocks]]] = {
+        steps: dict[str, Callable[..., tuple[SiteState, Blocks]]] = {
             "root": self._root,
             "check": self._check,
             "gram": self._gram,
@@ -249,7 +328,7 @@ class SealedSite:
         }
         if phase not in steps:
             raise CoordinatorFault("unknown-phase", f"the suite sealed has no phase {phase!r}")
-        before = _State.from_bytes(state)
+        before = SiteState.from_bytes(state)
         if before.facts.get("context") != context.digest().hex():
             raise CoordinatorFault("wrong-round", "nothing was sealed for this round")
         _in_order(before, phase)
@@ -267,19 +346,19 @@ class SealedSite:
         return after.with_facts(**{f"asked-{phase}": asked}).to_bytes(), answer
 
     def _root(
-        self, context: RoundContext, state: _State, question: Blocks, random_bytes: RandomBytes, upload: Blocks
-    ) -> tuple[_State, Blocks]:
+        self, context: RoundContext, state: SiteState, question: Blocks, random_bytes: RandomBytes, upload: Blocks
+    ) -> tuple[SiteState, Blocks]:
         """Sign the root of all submissions, once."""
         commitments = _read_commitments(context, read_head(question, 0))
         if commitments.get(self._name(context), b"").hex() != state.facts["commitment"]:
             raise CoordinatorFault("wrong-root", "the root does not stand for what this site has submitted")
         root = root_of(context, commitments)
-        signature = self.identity.sign(labels.ROOT, context.digest(), root)
+        signature = self.identity.sign(labels.ROOT_CERTIFICATE, context.digest(), root)
         return state.with_facts(root=root.hex()), pack_message({"signature": signature.hex()})
 
     def _check(
-        self, context: RoundContext, state: _State, question: Blocks, random_bytes: RandomBytes, upload: Blocks
-    ) -> tuple[_State, Blocks]:
+        self, context: RoundContext, state: SiteState, question: Blocks, random_bytes: RandomBytes, upload: Blocks
+    ) -> tuple[SiteState, Blocks]:
         """Verify the certificate, the nonce and the own sketch; take the shares; sign the view; answer the checks."""
         head = read_head(question, 3)
         digest, n = context.digest(), len(context.sites)
@@ -288,7 +367,8 @@ class SealedSite:
         if own not in dealers:
             raise CoordinatorFault("wrong-view", "this site has submitted and is not among the dealers")
         root = bytes.fromhex(state.facts["root"])
-        _certified(context, labels.ROOT, read_signatures(head, "signatures", context.sites), digest, root)
+        signatures = read_signatures(head, "signatures", context.sites)
+        _certified(context, labels.ROOT_CERTIFICATE, signatures, digest, root)
         nonce = read_hex(head, "nonce", 32)
         if tagged(labels.NONCE, nonce).hex() != context.commitment:
             raise CoordinatorFault("wrong-nonce", "the coordinator had committed itself to another nonce")
@@ -313,7 +393,7 @@ class SealedSite:
             raise CoordinatorFault("wrong-sketch", "the coordinator's sketch of this site's upload is wrong")
         view = view_of(context, root, seed, dealers, question[3])
 
-        place = self._number(context) - 1
+        place = number_of(context, self.public_key) - 1
         due = {s: parts[place * 32 : place * 32 + 32] for s, parts in zip(dealers, digests, strict=True)}
         taken, complaints = self._take_deals(context, state, dealers, question[2], due)
         length = len(dealers)
@@ -330,17 +410,17 @@ class SealedSite:
         points = _gram_points(sketches, public_sketch(digest, plan), shares)
         named = tuple(site for site in dealers if site in complaints)
         head_out = {
-            "view": self.identity.sign(labels.VIEW, digest, view).hex(),
+            "view": self.identity.sign(labels.VIEW_CERTIFICATE, digest, view).hex(),
             "complaints": list(named),
             "signature": self.identity.sign(*check_statement(context, view, named, field.to_bytes(answers))).hex(),
         }
         facts = {**state.facts, "seed": seed.hex(), "view": view.hex(), "dealers": list(dealers)}
-        return _State(facts, state.own, shares, points, zeros), pack_message(head_out, answers)
+        return SiteState(facts, state.own, shares, points, zeros), pack_message(head_out, answers)
 
     def _take_deals(
         self,
         context: RoundContext,
-        state: _State,
+        state: SiteState,
         dealers: tuple[Site, ...],
         sealed: bytes,
         digests: Mapping[Site, bytes],
@@ -371,15 +451,15 @@ class SealedSite:
         return taken, complaints
 
     def _gram(
-        self, context: RoundContext, state: _State, question: Blocks, random_bytes: RandomBytes, upload: Blocks
-    ) -> tuple[_State, Blocks]:
+        self, context: RoundContext, state: SiteState, question: Blocks, random_bytes: RandomBytes, upload: Blocks
+    ) -> tuple[SiteState, Blocks]:
         """Verify that Q sites share the view, settle the disputes by the rule, then give the points."""
         digest, view = context.digest(), bytes.fromhex(state.facts["view"])
         dealers: tuple[Site, ...] = tuple(state.facts["dealers"])
         head = read_head(question)
         own = self._name(context)
         answered = read_names(head, "answered", context.sites)
-        _certified(context, labels.VIEW, read_signatures(head, "views", context.sites), digest, view)
+        _certified(context, labels.VIEW_CERTIFICATE, read_signatures(head, "views", context.sites), digest, view)
         answers = read_check_answers(context, head, answered, dealers, question[1:], view)
         if own not in answers:
             raise CoordinatorFault("own-answer-missing", "this site's own check answer is not among those given")
@@ -404,8 +484,8 @@ class SealedSite:
         return state.with_facts(**facts), pack_message({"signature": signature.hex()}, points)
 
     def _ticket(
-        self, context: RoundContext, state: _State, question: Blocks, random_bytes: RandomBytes, upload: Blocks
-    ) -> tuple[_State, Blocks]:
+        self, context: RoundContext, state: SiteState, question: Blocks, random_bytes: RandomBytes, upload: Blocks
+    ) -> tuple[SiteState, Blocks]:
         """Decode the Gram matrix from signed points, select, and sign the set: one ticket per round, ever."""
         head = read_head(question)
         accepted: tuple[Site, ...] = tuple(state.facts["accepted"])
@@ -418,8 +498,8 @@ class SealedSite:
         return state.with_facts(selected=list(chosen)), answer
 
     def _sum(
-        self, context: RoundContext, state: _State, question: Blocks, random_bytes: RandomBytes, upload: Blocks
-    ) -> tuple[_State, Blocks]:
+        self, context: RoundContext, state: SiteState, question: Blocks, random_bytes: RandomBytes, upload: Blocks
+    ) -> tuple[SiteState, Blocks]:
         """Verify Q tickets for the set this site found itself; return its share of the sum of the keys, once."""
         if self._name(context) not in state.facts["holders"]:
             raise CoordinatorFault("not-a-holder", "this site has left the round as a holder after a dispute")
@@ -427,12 +507,14 @@ class SealedSite:
         chosen = read_names(head, "selected", context.sites)
         if list(chosen) != state.facts["selected"]:
             raise CoordinatorFault("wrong-set", "the set to be opened is not the one that this site signed for")
-        label, *parts = ticket_of(context, bytes.fromhex(state.facts["view"]), chosen)
+        view = bytes.fromhex(state.facts["view"])
+        label, *parts = ticket_of(context, view, chosen)
         _certified(context, label, read_signatures(head, "tickets", context.sites), *parts)
         dealers = state.facts["dealers"]
         # sum over S of s_i(k)
         share = field.sum_mod(state.shares[[dealers.index(site) for site in chosen]], axis=0)
-        return state, pack_message({}, share)
+        signature = self.identity.sign(*sum_statement(context, view, chosen, field.to_bytes(share)))
+        return state, pack_message({"signature": signature.hex()}, share)
 
 
 # --- what both ends read and write in the same way ---
@@ -459,6 +541,13 @@ def choose(context: RoundContext, found: Geometry, select: Select) -> tuple[Site
 def ticket_of(context: RoundContext, view: bytes, chosen: tuple[Site, ...]) -> tuple[str, bytes, bytes, bytes]:
     """Label and parts of what a ticket signs."""
     return labels.TICKET, context.digest(), view, "\n".join(chosen).encode()
+
+
+def sum_statement(
+    context: RoundContext, view: bytes, chosen: tuple[Site, ...], share: bytes
+) -> tuple[str, bytes, bytes, bytes, bytes]:
+    """Label and parts of what a holder's share of the sum of the keys signs."""
+    return labels.SUM_SHARE, context.digest(), view, "\n".join(chosen).encode(), share
 
 
 def read_check_answers(
@@ -532,6 +621,45 @@ def read_points(
     return points
 
 
+# --- what a later attempt seals again ---
+
+
+def _kept(context: RoundContext, integers: NDArray[np.int32]) -> Blocks:
+    """What is kept of an update: what it was rounded for, then the integers without their public signs.
+
+    The signs follow from the context and are others in every attempt; the integers are the same in all of them.
+    """
+    chunks = []
+    for start, negative in flattening_signs(context.digest(), integers.size):
+        part = integers[start : start + negative.size].astype("<i4")
+        np.negative(part, out=part, where=negative)
+        chunks.append(part.tobytes())
+    return (_rounded_for(context), *chunks)
+
+
+def _integers(context: RoundContext, kept: Blocks) -> NDArray[np.int32]:
+    """The integers that were kept, with the signs of this attempt.
+
+    Raises:
+        KeyMaterialError: they were rounded for another round, or are incomplete.
+    """
+    integers = np.empty(context.dimension, dtype=np.int32)
+    chunks = list(flattening_signs(context.digest(), context.dimension))
+    sizes = [4 * negative.size for _, negative in chunks]
+    if kept[:1] != (_rounded_for(context),) or [len(block) for block in kept[1:]] != sizes:
+        raise KeyMaterialError("ledger-damaged", "the kept update is not that of this round; the site sits it out")
+    for (start, negative), block in zip(chunks, kept[1:], strict=True):
+        part = integers[start : start + negative.size]
+        part[:] = np.frombuffer(block, dtype="<i4")
+        np.negative(part, out=part, where=negative)
+    return integers
+
+
+def _rounded_for(context: RoundContext) -> bytes:
+    """Digest of everything that must be the same in all attempts at a round."""
+    return replace(context, attempt=1, sites=(), keys=(), commitment="").digest()
+
+
 def _read_commitments(context: RoundContext, head: Mapping[str, Any]) -> dict[Site, bytes]:
     given = head.get("commitments")
     if not isinstance(given, dict) or not set(given) <= set(context.sites):
@@ -551,7 +679,7 @@ def _certified(context: RoundContext, label: str, signatures: Mapping[Site, byte
         raise CoordinatorFault("no-certificate", f"{valid} sites signed this, and {quorum} are needed")
 
 
-def _acceptable(context: RoundContext) -> Any:
+def _acceptable(context: RoundContext) -> SealedBounds:
     """The bounds of a round that this site may take part in.
 
     Raises:
@@ -571,7 +699,7 @@ def _acceptable(context: RoundContext) -> Any:
     return bounds
 
 
-def _in_order(state: _State, phase: str) -> None:
+def _in_order(state: SiteState, phase: str) -> None:
     """Phases follow each other; an earlier one may only be repeated word for word.
 
     Raises:

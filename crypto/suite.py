@@ -37,6 +37,12 @@ Vector: TypeAlias = NDArray[np.floating]
 RandomBytes: TypeAlias = Callable[[int], bytes]
 """``random_bytes(n)`` gives n fresh bytes; in production this is ``os.urandom``."""
 
+Keep: TypeAlias = Callable[[Blocks], None]
+"""Where a site puts what a later attempt at the round seals again; it is safe there when this returns."""
+
+MOST_ATTEMPTS = 3
+"""How often one update may be sealed at most: in attempts 1 to 3 at its round."""
+
 
 @dataclass(frozen=True)
 class RoundContext:
@@ -55,6 +61,7 @@ class RoundContext:
         sketches: r, number of random sketches from which the Gram matrix is measured.
         collude: tau, how many sites may pool what they know with a malicious coordinator.
         rule: name of the robust rule, so that sites can repeat the selection where the suite lets them.
+        reference: the site whose row is the rule's trusted reference; empty for rules that need none.
         model: SHA-256 of the model that is trained from, in hexadecimal digits.
         keys: each site's public key, in the order of ``sites``, in hexadecimal digits; empty where sites have none.
         commitment: what the coordinator has committed itself to for this round, in hexadecimal digits; may be empty.
@@ -71,6 +78,7 @@ class RoundContext:
     sketches: int = 4
     collude: int = 1
     rule: str = ""
+    reference: Site = ""
     model: str = ""
     keys: tuple[str, ...] = ()
     commitment: str = ""
@@ -149,14 +157,42 @@ class SiteSuite(Protocol):
     def keeps_upload(self) -> bool:
         """Whether the site must keep the blocks that it sent, because ``answer`` takes them as its last argument."""
 
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
-        """Seal one update, shape (d,), float32 or float64, finite.
+    def seal(
+        self, context: RoundContext, update: Vector, random_bytes: RandomBytes, keep: Keep | None = None
+    ) -> tuple[bytes, Blocks]:
+        """Seal one update, shape (d,), float32 or float64, finite, in the first attempt at a round.
+
+        Args:
+            context: the round.
+            update: what the site has learnt.
+            random_bytes: source of randomness.
+            keep: given what ``reseal`` needs, before anything is sealed; not called by suites with one attempt, and
+                left out where there will be no other.
 
         Returns:
             the private state that later answers need, and the blocks to send.
 
         Raises:
             UsageError: the update has the wrong shape or is not finite.
+        """
+
+    def reseal(
+        self, context: RoundContext, state: bytes, kept: Blocks, random_bytes: RandomBytes
+    ) -> tuple[bytes, Blocks]:
+        """Seal for a later attempt what was sealed in the first, to the last bit, and nothing else about it twice.
+
+        Args:
+            context: the new attempt, at the same round.
+            state: the private state that the attempt before has left.
+            kept: what ``seal`` gave to ``keep``.
+            random_bytes: source of randomness.
+
+        Returns:
+            the private state and the blocks to send, as ``seal``.
+
+        Raises:
+            CoordinatorFault: the suite has one attempt only, or the site has bound itself in the attempt before.
+            KeyMaterialError: what was kept belongs to another round or is damaged.
         """
 
     def answer(

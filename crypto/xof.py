@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from quorsum.crypto.field import FieldArray, P
 from quorsum.crypto.labels import MASK_XOF, tagged
+from quorsum.crypto.randomness import zeros
 from quorsum.crypto.ring import N
 from quorsum.errors import UsageError
 
@@ -39,7 +40,7 @@ def keystream(label: str, seed: bytes, length: int, offset: int = 0) -> bytes:
     if length < 0 or offset < 0 or offset % _CIPHER_BLOCK:
         raise UsageError(f"the key stream is read from a multiple of 16 on, got offset {offset} and length {length}")
     counter = (offset // _CIPHER_BLOCK).to_bytes(_CIPHER_BLOCK, "big")
-    return Cipher(AES(tagged(label, seed)), CTR(counter)).encryptor().update(bytes(length))
+    return Cipher(AES(tagged(label, seed)), CTR(counter)).encryptor().update(zeros(length))
 
 
 def field_elements(label: str, seed: bytes, count: int) -> FieldArray:

@@ -76,7 +76,10 @@ def difference(new: ArrayRecord, old: ArrayRecord) -> NDArray[np.float32]:
         if before.shape != after.shape:
             raise Refusal("wrong-shape", f"array {name!r} has shape {after.shape}, expected {before.shape}")
         # Subtract in float64: late in training the two are nearly equal.
-        parts.append(np.subtract(after, before, dtype=np.float64).astype(np.float32).reshape(-1))
+        # NumPy does so in a buffer, so that the whole difference exists in float32 only.
+        step = np.empty(before.shape, np.float32)
+        np.subtract(after, before, out=step, dtype=np.float64, casting="same_kind")
+        parts.append(step.reshape(-1))
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 

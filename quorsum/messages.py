@@ -9,6 +9,7 @@ direction       instruction           reply                    purpose
 ==============  ====================  =======================  ==========================================
 once per run    :class:`Hello`        :class:`Introduction`    which suite and which key a site has
 every round     :class:`Train`        :class:`Submission`      train, seal the difference, send it
+later attempts  :class:`Again`        :class:`Submission`      seal the same difference again, send it
 every phase     :class:`Question`     :class:`Answer`          what the suite asks to measure and to open
 any             any                   :class:`Fault`           the site cannot or will not do what was asked
 ==============  ====================  =======================  ==========================================
@@ -28,6 +29,7 @@ from quorsum.crypto.suite import Blocks, RoundContext
 from quorsum.errors import Refusal
 
 __all__ = [
+    "Again",
     "Answer",
     "Fault",
     "Hello",
@@ -37,6 +39,7 @@ __all__ = [
     "Train",
     "has_header",
     "pack",
+    "parse",
     "strip",
     "unpack",
 ]
@@ -94,6 +97,7 @@ class Context(_Message):
     sketches: Annotated[int, Field(ge=1, le=64)]
     collude: Annotated[int, Field(ge=0, le=10_000)]
     rule: Text
+    reference: Annotated[str, Field(max_length=128, pattern=r"^[\w.@:+#/-]*$")]
     model: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
     keys: list[Annotated[str, Field(pattern=r"^[0-9a-f]{0,4096}$")]]
     commitment: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
@@ -119,8 +123,20 @@ class Train(_Message):
     context: Context
 
 
+class Again(_Message):
+    """Coordinator to site: seal for another attempt at the round what was sealed in the first; nothing is trained."""
+
+    kind: Literal["again"] = "again"
+    site: Name
+    suite: Name
+    context: Context
+
+
 class Submission(_Message):
-    """Site to coordinator: the sealed difference (in the blocks)."""
+    """Site to coordinator: the sealed difference (in the blocks).
+
+    The answer to :class:`Again` says nothing of the training: 0 examples, no metrics, 0 seconds.
+    """
 
     kind: Literal["submission"] = "submission"
     context: Digest
@@ -155,7 +171,7 @@ class Fault(_Message):
     message: Text
 
 
-AnyMessage: TypeAlias = Hello | Introduction | Train | Submission | Question | Answer | Fault
+AnyMessage: TypeAlias = Hello | Introduction | Train | Again | Submission | Question | Answer | Fault
 _adapter: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="kind")])
 
 
@@ -189,11 +205,19 @@ def unpack(content: RecordDict) -> tuple[AnyMessage, Blocks]:
     header = record.get("header") if isinstance(record, ConfigRecord) else None
     if not isinstance(header, str) or len(header) > MAX_HEADER_BYTES:
         raise Refusal("undecodable", "the header of the message is missing, not text, or too long")
+    return parse(header), _blocks(content)
+
+
+def parse(header: str) -> AnyMessage:
+    """The message that a header stands for.
+
+    Raises:
+        Refusal: ``undecodable``.
+    """
     try:
-        message = _adapter.validate_json(header)
+        return _adapter.validate_json(header)
     except ValidationError as error:
         raise Refusal("undecodable", f"the header of the message is malformed: {_first(error)}") from None
-    return message, _blocks(content)
 
 
 def strip(content: RecordDict) -> RecordDict:

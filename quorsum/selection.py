@@ -6,32 +6,79 @@ before they help to open it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
 from quorsum.aggregation import judge, norm_gate, parse_rule
 from quorsum.crypto.suite import RoundContext, Site
-from quorsum.errors import RoundFailed, UsageError
+from quorsum.errors import CoordinatorFault, RoundFailed, UsageError
 
-__all__ = ["select"]
+__all__ = ["Selection", "select"]
 
 
-def select(context: RoundContext, sites: tuple[Site, ...], gram: NDArray[np.float64], tolerate: int) -> frozenset[Site]:
-    """The set of sites whose mean is opened.
+@dataclass(frozen=True)
+class Selection:
+    """The robust rule that a context names, as a selection of sites."""
 
-    Args:
-        context: the round; it names the rule.
-        sites: whose rows these are.
-        gram: float64, shape (m, m), in the squared units of updates.
-        tolerate: how many of these sites may be malicious.
+    def __call__(
+        self, context: RoundContext, sites: tuple[Site, ...], gram: NDArray[np.float64], tolerate: int
+    ) -> frozenset[Site]:
+        """The set of sites whose mean is opened.
 
-    Raises:
-        RoundFailed: the rule is not known here, or cannot decide over so few sites.
-    """
-    try:
-        rule = parse_rule(context.rule)
-        bound = norm_gate(context.unit, context.clip)
-        verdict = judge(gram, rule, tolerate, norm_bound=bound, equal=True)
-    except UsageError as error:
-        raise RoundFailed(f"{error}") from error
-    return frozenset(site for site, weight in zip(sites, verdict.weights, strict=True) if weight)
+        Args:
+            context: the round; it names the rule, and the reference where the rule needs one.
+            sites: whose rows these are.
+            gram: float64, shape (m, m), in the squared units of updates.
+            tolerate: how many of these sites may be malicious.
+
+        Raises:
+            RoundFailed: the rule is not known here, or cannot decide over so few sites; or the reference is not among
+                them.
+        """
+        try:
+            rule = parse_rule(context.rule)
+            reference = _row_of(context.reference, sites) if rule.needs_reference else None
+            bound = norm_gate(context.unit, context.clip)
+            verdict = judge(gram, rule, tolerate, norm_bound=bound, equal=True, reference=reference)
+        except UsageError as error:
+            raise RoundFailed(f"{error}") from error
+        return frozenset(site for site, weight in zip(sites, verdict.weights, strict=True) if weight)
+
+    def check(self, context: RoundContext) -> None:
+        """Whether sites can repeat the selection that the context names.
+
+        Raises:
+            CoordinatorFault: ``wrong-rule``: the rule is not known here, needs every coordinate, or draws at random;
+                ``wrong-reference``: the rule needs a reference and the context names none, or none of the roster, or
+                names one that the rule does not use.
+        """
+        try:
+            rule = parse_rule(context.rule)
+        except UsageError as error:
+            raise CoordinatorFault("wrong-rule", f"the rule of the round: {error}") from None
+        if rule.needs != "gram" or rule.needs_generator:
+            raise CoordinatorFault(
+                "wrong-rule", f"sites cannot repeat {rule.name}: it draws at random or needs every coordinate"
+            )
+        if not rule.needs_reference:
+            if context.reference:
+                raise CoordinatorFault(
+                    "wrong-reference", f"{rule.name} needs no reference, and the context names {context.reference!r}"
+                )
+        elif not context.reference:
+            raise CoordinatorFault("wrong-reference", f"{rule.name} needs a reference, and the context names none")
+        elif context.reference not in context.sites:
+            raise CoordinatorFault("wrong-reference", f"the reference {context.reference!r} is not a site of the round")
+
+
+select: Final = Selection()
+"""The selection, as both ends of ``sealed`` are given it."""
+
+
+def _row_of(reference: Site, sites: tuple[Site, ...]) -> int:
+    if reference not in sites:
+        raise RoundFailed(f"the reference site {reference!r} has no usable update in this round")
+    return sites.index(reference)

@@ -30,6 +30,7 @@ class RoundRecord:
             ``open`` (combine and apply) and ``total`` are the coordinator's clock.
         bytes: ``up_per_site`` and ``down_per_site``, mean over the sites, arrays and blocks only.
         metrics: evaluation of the new model, when there was one.
+        retried: why each attempt at the round ended that was followed by another; ``failed`` is about the last.
     """
 
     round: int
@@ -45,6 +46,12 @@ class RoundRecord:
     seconds: dict[str, float]
     bytes: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
+    retried: tuple[str, ...] = ()
+
+    @property
+    def attempts(self) -> int:
+        """How many attempts were made at the round."""
+        return len(self.retried) + 1
 
 
 @dataclass

@@ -12,6 +12,10 @@ Of the f sites that may be malicious, those proven in this round to have left th
 the rule sees the rest. That is done only for what sites repeat from signed messages (suites that select): elsewhere a
 malicious node can send rubbish in an honest site's name, and would lower f by it. Silence proves nothing anywhere.
 
+Where the suite lets a round have several **attempts**, phases 1 to 3 may be repeated without phase 1's training: fewer
+sites seal the same updates again under a new context. That is done only as long as nothing was asked that opens a sum:
+measuring has failed, or too few sites signed for the set. What has failed later is never opened again.
+
 A round that cannot be finished leaves the model as it was and says why; the run goes on.
 """
 
@@ -20,8 +24,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,6 +48,8 @@ __all__ = ["Plan", "RoundOutcome", "expect", "play_round"]
 
 # Sketches in the round after one in which somebody may have hidden from them.
 CAREFUL_SKETCHES = 16
+# The phase in which a site binds itself to one set for the whole round, and the one that opens a sum over it.
+BINDING, OPENING = "ticket", "sum"
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Plan:
         sketches: r, random sketches per round.
         reference: the site whose row serves rules that need a trusted reference.
         random_bytes: source of the coordinator's randomness.
+        attempts: how many attempts at a round the suite allows.
         on_phase: told the number of the round and the name of the phase that begins.
     """
 
@@ -72,6 +81,7 @@ class Plan:
     sketches: int
     reference: Site | None
     random_bytes: RandomBytes = field(repr=False)
+    attempts: int = 1
     on_phase: Callable[[int, str], None] = lambda number, phase: None
 
 
@@ -85,18 +95,47 @@ class RoundOutcome:
     record: RoundRecord
 
 
+class _Unopened(RoundFailed):
+    """Measuring failed, or too few signed for the set. Nothing was asked that opens a sum: it may be tried again."""
+
+
 @dataclass
 class _Ledger:
-    """What is known of the sites while a round runs."""
+    """What is known of the sites while an attempt runs.
+
+    Attributes:
+        faults: the first fault of each site, its reason for this attempt.
+        notes: what happened without costing anybody the round.
+        proven: sites that are shown to have left the protocol, by what they signed.
+        asked: the phases that were asked.
+        answered: how many questions each site has answered.
+        bound: sites that answered in the phase in which sites bind themselves.
+        train_seconds: what each site reports.
+        seal_seconds: what each site reports.
+    """
 
     faults: dict[Site, SiteFault] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    proven: dict[Site, SiteFault] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    answered: Counter[Site] = field(default_factory=Counter)
+    bound: set[Site] = field(default_factory=set)
     train_seconds: dict[Site, float] = field(default_factory=dict)
     seal_seconds: dict[Site, float] = field(default_factory=dict)
 
     def blame(self, fault: SiteFault) -> None:
         """The first fault of a site is its reason for this round."""
         self.faults.setdefault(fault.site, fault)
+        self._convict(fault)
+
+    def note(self, fault: SiteFault) -> None:
+        """Say what a site did without taking its update out."""
+        self.notes.append(str(fault))
+        self._convict(fault)
+
+    def _convict(self, fault: SiteFault) -> None:
+        if fault.proven:
+            self.proven.setdefault(fault.site, fault)
 
 
 @dataclass(frozen=True)
@@ -118,7 +157,7 @@ class _Selection:
 
 @dataclass(frozen=True)
 class _Play:
-    """Everything that the phases of one round share."""
+    """Everything that the phases of one attempt at a round share; the traffic is that of the round."""
 
     plan: Plan
     suite: RoundSuite[Any]
@@ -133,7 +172,7 @@ def play_round(
 ) -> RoundOutcome:
     """Play one round and return what came out; never raises for what sites or bad luck did."""
     started = time.perf_counter()
-    context = RoundContext(
+    first = RoundContext(
         run=plan.run,
         round=number,
         attempt=1,
@@ -145,51 +184,139 @@ def play_round(
         sketches=plan.sketches,
         collude=plan.collude,
         rule=plan.rule.name,
+        reference=plan.reference or "",
         model=arrays.fingerprint(model),
     )
-    context, suite = plan.suite.prepare(context, plan.random_bytes)
-    play = _Play(plan, suite, network, context)
-    ledger = play.ledger
-    seconds = {"geometry": 0.0, "open": 0.0}
-    weights: dict[Site, float] = {}
+    traffic = Traffic()
+    roster: tuple[Site, ...] | None = first.sites
+    plays: list[_Play] = []
+    ends: list[_End] = []
+    while roster is not None:
+        attempt = replace(first, attempt=len(plays) + 1, sites=roster)
+        context, suite = plan.suite.prepare(attempt, plan.random_bytes)
+        plays.append(_Play(plan, suite, network, context, traffic=traffic))
+        ends.append(_attempt(plays[-1], model, config))
+        roster = _next_roster(plays[-1], ends[-1])
+    last = ends[-1]
+    trained = plays[0].ledger.train_seconds
+    sealed = {
+        site: sum(play.ledger.seal_seconds.get(site, 0.0) for play in plays) for site in plays[0].ledger.seal_seconds
+    }
+    seconds = {
+        "geometry": sum(end.geometry for end in ends),
+        "open": sum(end.opening for end in ends),
+        "train": statistics.median(trained.values()) if trained else 0.0,
+        "seal": statistics.median(sealed.values()) if sealed else 0.0,
+        "total": time.perf_counter() - started,
+    }
+    return RoundOutcome(
+        last.model,
+        _next_unit(unit, last.selection) if last.selection is not None else unit,
+        CAREFUL_SKETCHES if last.hidden else plan.sketches,
+        _record(plays, ends, seconds),
+    )
+
+
+@dataclass(frozen=True)
+class _End:
+    """How an attempt ended.
+
+    Attributes:
+        model: the model after it.
+        submitted: the sites whose update was usable, in roster order.
+        selection: what was opened, or None where nothing was.
+        failed: why nothing was, or None. Not the error itself, which would hold the uploads in memory.
+        unopened: whether it failed before anything was asked that opens a sum, so that it may be tried again.
+        hidden: whether it failed because somebody hid from the sketches.
+        geometry: seconds spent on phase 2.
+        opening: seconds spent on phase 3.
+    """
+
+    model: ArrayRecord
+    submitted: tuple[Site, ...]
+    selection: _Selection | None
+    failed: str | None
+    unopened: bool
+    hidden: bool
+    geometry: float
+    opening: float
+
+
+def _attempt(play: _Play, model: ArrayRecord, config: ConfigRecord) -> _End:
+    """Phases 1 to 3, once."""
+    plan, number = play.plan, play.context.round
+    selection: _Selection | None = None
     failed: str | None = None
-    next_unit, sketches = unit, plan.sketches
+    unopened = hidden = False
+    uploads: dict[Site, Any] = {}
+    clocks = []
     try:
         plan.on_phase(number, "train")
         uploads = _collect(play, model, config)
+        clocks.append(time.perf_counter())
 
         plan.on_phase(number, "geometry")
-        clock = time.perf_counter()
-        selection = _select(play, uploads)
-        seconds["geometry"] = time.perf_counter() - clock
+        chosen = _select(play, uploads)
+        clocks.append(time.perf_counter())
 
         plan.on_phase(number, "open")
-        clock = time.perf_counter()
-        total = _open(play, uploads, selection)
-        model = arrays.apply_update(model, total)
-        seconds["open"] = time.perf_counter() - clock
-        weights, next_unit = selection.weights, _next_unit(unit, selection)
+        model = arrays.apply_update(model, _open(play, uploads, chosen))
+        selection = chosen
     except RoundFailed as error:
-        failed = str(error)
-        sketches = CAREFUL_SKETCHES if isinstance(error, HidingSuspected) else plan.sketches
+        failed, unopened, hidden = str(error), isinstance(error, _Unopened), isinstance(error, HidingSuspected)
         for fault in error.faults.values():
             if isinstance(fault, SiteFault):
-                ledger.blame(fault)
-    seconds |= {
-        "train": statistics.median(ledger.train_seconds.values()) if ledger.train_seconds else 0.0,
-        "seal": statistics.median(ledger.seal_seconds.values()) if ledger.seal_seconds else 0.0,
-        "total": time.perf_counter() - started,
-    }
-    return RoundOutcome(model, next_unit, sketches, _record(play, weights, failed, seconds))
+                play.ledger.blame(fault)
+    clocks.append(time.perf_counter())
+    geometry, opening = [*(b - a for a, b in pairwise(clocks)), 0.0, 0.0][:2]
+    return _End(model, tuple(uploads), selection, failed, unopened, hidden, geometry, opening)
+
+
+def _next_roster(play: _Play, end: _End) -> tuple[Site, ...] | None:
+    """Who is asked for another attempt, or None where there is none.
+
+    Whoever has no usable update, has bound itself to a set, or is proven malicious joins no later attempt. Who has
+    answered fewer questions than the others is left out as well if enough remain, since it would count as one of n.
+    """
+    plan, context, ledger = play.plan, play.context, play.ledger
+    if not end.unopened or context.attempt >= plan.attempts:
+        return None
+    need = max(
+        plan.suite.least_sites(plan.tolerate, plan.collude),
+        plan.rule.minimum_sites(plan.tolerate) + (plan.reference is not None),
+    )
+    able = [site for site in end.submitted if site not in ledger.bound and site not in ledger.proven]
+    for least in sorted({ledger.answered[site] for site in able}, reverse=True):
+        roster = tuple(site for site in able if ledger.answered[site] >= least)
+        if len(roster) >= need and (plan.reference is None or plan.reference in roster):
+            _leave_out(play, roster)
+            return roster
+    return None
+
+
+def _leave_out(play: _Play, roster: tuple[Site, ...]) -> None:
+    """Say of each site that is not asked for another attempt why."""
+    ledger, attempt = play.ledger, play.context.attempt
+    for site in play.context.sites:
+        if site in ledger.proven:
+            ledger.blame(ledger.proven[site])
+        elif site in ledger.bound:
+            # This, and not what the rule said of it, is why its update cannot be in the model.
+            sentence = f"signed for a set in attempt {attempt}, and so joins no other attempt"
+            ledger.faults[site] = SiteFault(site, "ticket-signed", sentence, proven=False)
+        elif site not in roster:
+            sentence = f"did not answer in attempt {attempt}, and was not asked again"
+            ledger.blame(SiteFault(site, "silent", sentence, proven=False))
 
 
 def _collect(play: _Play, model: ArrayRecord, config: ConfigRecord) -> dict[Site, Any]:
-    """Phase 1: the accepted uploads, by site in roster order."""
+    """Phase 1: the accepted uploads, by site in roster order. In a later attempt sites seal again and do not train."""
     plan, network, context, ledger = play.plan, play.network, play.context, play.ledger
     users = RecordDict({"arrays": model, "config": config})
     wire = messages.Context.of(context)
+    kind, beside = (messages.Train, users) if context.attempt == 1 else (messages.Again, None)
     instructions = {
-        site: messages.pack(messages.Train(site=site, suite=play.suite.name, context=wire), beside=users)
+        site: messages.pack(kind(site=site, suite=play.suite.name, context=wire), beside=beside)
         for site in context.sites
     }
     uploads: dict[Site, Any] = {}
@@ -243,6 +370,7 @@ def _asker(play: _Play) -> Callable[[Ask], Mapping[Site, Blocks]]:
         header = messages.Question(context=context.digest().hex(), phase=question.phase)
         contents = {site: messages.pack(header, blocks) for site, blocks in question.questions.items()}
         answers: dict[Site, Blocks] = {}
+        ledger.asked.add(question.phase)
         for site, reply in play.network.exchange(contents, f"{context.round}", play.traffic):
             if site in answers or isinstance(reply, SiteFault):
                 if isinstance(reply, SiteFault):
@@ -250,11 +378,15 @@ def _asker(play: _Play) -> Callable[[Ask], Mapping[Site, Blocks]]:
                 continue
             try:
                 answer, blocks = expect(messages.Answer, site, reply)
+                if question.phase == BINDING:
+                    # Whatever is in it: the site will have stored that it signed.
+                    ledger.bound.add(site)
                 if (answer.context, answer.phase) != (header.context, header.phase):
                     raise SiteFault(site, "wrong-round", f"answered another question than {question.phase!r}")
                 answers[site] = blocks
             except SiteFault as fault:
                 ledger.notes.append(str(fault))
+        ledger.answered.update(answers.keys())
         return answers
 
     return ask
@@ -264,12 +396,16 @@ def _select(play: _Play, uploads: Mapping[Site, Any]) -> _Selection:
     """Phase 2: measure, take out rows that no honest update can have, and let the rule decide on the rest."""
     plan, suite, context, ledger = play.plan, play.suite, play.context, play.ledger
     _enough(play, len(uploads))
-    measured = run_dialogue(suite.measure(context, uploads, plan.random_bytes), _asker(play))
+    _reference_among(play, uploads)
+    try:
+        measured = run_dialogue(suite.measure(context, uploads, plan.random_bytes), _asker(play))
+    except RoundFailed as error:
+        raise _Unopened(str(error), error.faults) from error
     for fault in measured.faults.values():
         # Silence while opening takes no row away: the update is there and the others opened it. Neither does a lie
         # where the sites repeat the selection, which they make from the opened matrix alone.
         if fault.site in measured.sites and (suite.selects or not fault.proven):
-            ledger.notes.append(str(fault))
+            ledger.note(fault)
         else:
             ledger.blame(fault)
     rows = [row for row, site in enumerate(measured.sites) if site not in ledger.faults]
@@ -279,8 +415,7 @@ def _select(play: _Play, uploads: Mapping[Site, Any]) -> _Selection:
     tolerate = plan.tolerate if measured.tolerate is None else measured.tolerate
     if plan.rule.needs == "updates":
         return _coordinates(play, sites, gram)
-    if plan.reference is not None and plan.reference not in sites:
-        raise RoundFailed(f"the reference site {plan.reference} has no usable update in this round", _faults(ledger))
+    _reference_among(play, sites)
     try:
         verdict = judge(
             gram,
@@ -354,6 +489,20 @@ def _enough(play: _Play, usable: int) -> None:
         )
 
 
+def _reference_among(play: _Play, sites: Collection[Site]) -> None:
+    """Refuse to go on without the reference of the rule: without it there is nothing to select, so nothing is opened.
+
+    Raises:
+        RoundFailed: it is not among these sites.
+    """
+    reference = play.plan.reference
+    if reference is not None and reference not in sites:
+        raise RoundFailed(
+            f"the reference site {reference!r} has no usable update in this round; the model stays as it was",
+            _faults(play.ledger),
+        )
+
+
 def _open(play: _Play, uploads: Mapping[Site, Any], selection: _Selection) -> NDArray[np.float64]:
     """Phase 3: the opened weighted sum, checked against what the Gram matrix predicts."""
     plan, suite, context, ledger = play.plan, play.suite, play.context, play.ledger
@@ -363,7 +512,13 @@ def _open(play: _Play, uploads: Mapping[Site, Any], selection: _Selection) -> ND
         return plan.rule.aggregate(matrix, selection.tolerate)
     # Only sites in good standing are asked to open.
     standing = {site: uploads[site] for site in selection.kept}
-    opened = run_dialogue(suite.combine(context, standing, selection.weights, plan.random_bytes), _asker(play))
+    try:
+        opened = run_dialogue(suite.combine(context, standing, selection.weights, plan.random_bytes), _asker(play))
+    except RoundFailed as error:
+        # From the first question about a sum on, the updates of this round are used up.
+        if BINDING not in ledger.asked or OPENING in ledger.asked:
+            raise
+        raise _Unopened(str(error), error.faults) from error
     # A site that lies while the sum is opened is outvoted; its own update was measured and selected before.
     ledger.notes.extend(str(fault) for fault in opened.faults.values())
     vector = np.array([selection.weights.get(site, 0.0) for site in selection.kept])
@@ -386,11 +541,14 @@ def _faults(ledger: _Ledger) -> dict[str, Refusal]:
     return dict(ledger.faults)
 
 
-def _record(play: _Play, weights: dict[Site, float], failed: str | None, seconds: dict[str, float]) -> RoundRecord:
-    context, ledger, traffic = play.context, play.ledger, play.traffic
+def _record(plays: list[_Play], ends: list[_End], seconds: dict[str, float]) -> RoundRecord:
+    context, traffic, last = plays[0].context, plays[0].traffic, ends[-1]
+    weights = last.selection.weights if last.selection is not None else {}
     rejected = tuple(site for site in context.sites if site not in weights)
-    unsaid = SiteFault("", "round-failed", failed or "not used", proven=False)
-    faults = {site: ledger.faults.get(site, unsaid) for site in rejected}
+    unsaid = SiteFault("", "round-failed", last.failed or "not used", proven=False)
+    # The latest attempt in which something is known of a site has the last word.
+    known = {site: fault for play in plays for site, fault in play.ledger.faults.items()}
+    faults = {site: known.get(site, unsaid) for site in rejected}
     invited = len(context.sites)
     return RoundRecord(
         round=context.round,
@@ -400,12 +558,24 @@ def _record(play: _Play, weights: dict[Site, float], failed: str | None, seconds
         reasons={site: fault.message for site, fault in faults.items()},
         codes={site: fault.code for site, fault in faults.items()},
         weights=weights,
-        notes=tuple(ledger.notes),
-        failed=failed,
+        notes=_notes(plays),
+        failed=last.failed,
         unit=context.unit,
         seconds=seconds,
         bytes={
             "up_per_site": sum(traffic.up.values()) / invited,
             "down_per_site": sum(traffic.down.values()) / invited,
         },
+        retried=tuple(end.failed or "" for end in ends[:-1]),
     )
+
+
+def _notes(plays: list[_Play]) -> tuple[str, ...]:
+    """What happened in all attempts; of those that were followed by another, the faults as well."""
+    if len(plays) == 1:
+        return tuple(plays[0].ledger.notes)
+    lines = []
+    for play in plays:
+        faults = [] if play is plays[-1] else [str(fault) for fault in play.ledger.faults.values()]
+        lines += [f"attempt {play.context.attempt}: {line}" for line in [*play.ledger.notes, *faults]]
+    return tuple(lines)

@@ -28,7 +28,7 @@ from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite, V
 from quorsum.simulation.attacks import Attack, AttackView
 from quorsum.simulation.data import Dataset
 from quorsum.simulation.models import build_model, train_locally
-from quorsum.simulation.protocol_attacks import PROTOCOL_ATTACKS
+from quorsum.simulation.protocol_attacks import PROTOCOL_ATTACKS, WrappedSite
 
 __all__ = ["Training", "World", "client_app", "site_name"]
 
@@ -177,7 +177,7 @@ class Attacker:
             return self._known[number]
 
 
-class AttackerSuite:
+class AttackerSuite(WrappedSite[SiteSuite]):
     """A malicious site's end of a suite: it does not check what it seals.
 
     * What is longer than any suite carries is cut to just below that (the longest lie that gets through).
@@ -185,31 +185,15 @@ class AttackerSuite:
     """
 
     def __init__(self, suite: SiteSuite, *, nan: bool) -> None:
-        self._suite = suite
+        super().__init__(suite)
         self._nan = nan
-        self.name = suite.name
-        self.key_id = suite.key_id
-        self.public_key = suite.public_key
-        self.keeps_upload = suite.keeps_upload
 
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Seal the update, cut to length; or send bare NaN."""
         if self._nan:
             return b"", (np.full(context.dimension, np.nan, dtype="<f4").tobytes(),)
         longest, norm = 0.99 * MAX_NORM * context.unit, float(np.linalg.norm(update))
-        return self._suite.seal(context, update * (longest / norm) if norm > longest else update, random_bytes)
-
-    def answer(
-        self,
-        context: RoundContext,
-        state: bytes,
-        phase: str,
-        question: Blocks,
-        random_bytes: RandomBytes,
-        upload: Blocks = (),
-    ) -> tuple[bytes, Blocks]:
-        """Answer as the honest suite does."""
-        return self._suite.answer(context, state, phase, question, random_bytes, upload)
+        return self.site.seal(context, update * (longest / norm) if norm > longest else update, random_bytes)
 
 
 def _partition(context: Context) -> int:

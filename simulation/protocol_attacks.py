@@ -14,29 +14,29 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quorsum.crypto import Identity, SealedSite, field
 from quorsum.crypto.flatten import flatten
-from quorsum.crypto.labels import SUBMISSION, VIEW
+from quorsum.crypto.labels import VIEW_CERTIFICATE
 from quorsum.crypto.mask import MASK_BATCH, draw_key, mask_blocks
 from quorsum.crypto.quantise import quantise
 from quorsum.crypto.ring import N, batches, multiply_short
 from quorsum.crypto.sealed_geometry import block_count, bounds_of, scale_of
 from quorsum.crypto.sealed_site import (
-    _NOTHING,
-    _State,
+    SiteState,
     check_statement,
-    commitment_of,
-    digest_of_deal,
-    digest_of_upload,
+    number_of,
     points_statement,
+    submission,
+    sum_statement,
 )
 from quorsum.crypto.sealed_wire import pack_message
 from quorsum.crypto.sharing import Deal, deal_shares
-from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite, Vector
+from quorsum.crypto.suite import Blocks, Keep, RandomBytes, RoundContext, SiteSuite, Vector
 from quorsum.crypto.xof import uniform_blocks
 from quorsum.errors import CoordinatorFault, UsageError
 
@@ -44,13 +44,14 @@ __all__ = [
     "PROTOCOL_ATTACKS",
     "ProtocolAttack",
     "ProtocolAttacker",
+    "WrappedSite",
     "equal_blocks",
-    "seal_by_hand",
     "single_frequency",
     "wrapped_block",
 ]
 
 Integers = NDArray[np.int64]
+SuiteT = TypeVar("SuiteT", bound=SiteSuite)
 
 ENERGY = 4.0
 """Squared norm of what hides or is oversized, in squared reference norms."""
@@ -116,30 +117,6 @@ def wrapped_block(context: RoundContext, rng: np.random.Generator, energy: float
 # --- sealing without checking ---
 
 
-def seal_by_hand(
-    site: SealedSite, context: RoundContext, upload: Blocks, deals: Sequence[Deal]
-) -> tuple[bytes, Blocks]:
-    """What ``SealedSite.seal`` does after masking, for any upload and any deals.
-
-    Args:
-        site: who submits.
-        context: the round.
-        upload: the masked update in batches, whatever it may be.
-        deals: what each holder is given, in roster order.
-
-    Returns:
-        the private state and the blocks.
-    """
-    number = site._number(context)
-    sealed = [b"" if k == number else site._seal_deal(context, k, deal) for k, deal in enumerate(deals, 1)]
-    digests = b"".join(digest_of_deal(one) if one else bytes(32) for one in sealed)
-    commitment = commitment_of(context, context.sites[number - 1], digests, digest_of_upload(upload))
-    signature = site.identity.sign(SUBMISSION, context.digest(), commitment)
-    facts = {"context": context.digest().hex(), "commitment": commitment.hex()}
-    state = _State(facts, deals[number - 1].to_bytes(), _NOTHING, _NOTHING, _NOTHING)
-    return state.to_bytes(), (*pack_message({"signature": signature.hex()}, b"".join(sealed)), *upload)
-
-
 def _masked(context: RoundContext, key: NDArray[np.int8], update: Vector, random_bytes: RandomBytes) -> Blocks:
     digest = context.digest()
     integers = quantise(update, scale_of(context), digest, random_bytes)
@@ -167,21 +144,35 @@ def _generator(random_bytes: RandomBytes) -> np.random.Generator:
 # --- the attackers ---
 
 
-class ProtocolAttacker:
-    """An honest site's end of ``sealed``; the attackers below change one thing each.
+class WrappedSite(Generic[SuiteT]):
+    """An honest site's end of a suite, for attackers to change what they want to change.
 
     Args:
         site: the honest end.
     """
 
-    def __init__(self, site: SealedSite) -> None:
+    def __init__(self, site: SuiteT) -> None:
         self.site = site
         self.name = site.name
         self.key_id = site.key_id
         self.public_key = site.public_key
         self.keeps_upload = site.keeps_upload
 
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def seal(
+        self, context: RoundContext, update: Vector, random_bytes: RandomBytes, keep: Keep | None = None
+    ) -> tuple[bytes, Blocks]:
+        """Keep the update for later attempts, and seal it in this site's way."""
+        if keep is not None:
+            keep((update.astype("<f4").tobytes(),))
+        return self.forge(context, update, random_bytes)
+
+    def reseal(
+        self, context: RoundContext, state: bytes, kept: Blocks, random_bytes: RandomBytes
+    ) -> tuple[bytes, Blocks]:
+        """Seal the update once more in this site's way, whatever it has signed before."""
+        return self.forge(context, np.frombuffer(b"".join(kept), dtype="<f4"), random_bytes)
+
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         """Seal as the honest suite does."""
         return self.site.seal(context, update, random_bytes)
 
@@ -194,21 +185,41 @@ class ProtocolAttacker:
         random_bytes: RandomBytes,
         upload: Blocks = (),
     ) -> tuple[bytes, Blocks]:
+        """Answer as the honest suite does."""
+        return self.site.answer(context, state, phase, question, random_bytes, upload)
+
+
+class ProtocolAttacker(WrappedSite[SealedSite]):
+    """A malicious end of ``sealed``; the attackers below change one thing each."""
+
+    def submit(self, context: RoundContext, upload: Blocks, deals: Sequence[Deal]) -> tuple[bytes, Blocks]:
+        """Submit any upload with any deals, under the site's own signature."""
+        return submission(self.site.identity, context, number_of(context, self.public_key), upload, deals)
+
+    def answer(
+        self,
+        context: RoundContext,
+        state: bytes,
+        phase: str,
+        question: Blocks,
+        random_bytes: RandomBytes,
+        upload: Blocks = (),
+    ) -> tuple[bytes, Blocks]:
         """Answer as the honest suite does, and change the answer."""
-        after, blocks = self.site.answer(context, state, phase, question, random_bytes, upload)
-        return after, self.change(context, _State.from_bytes(after), phase, blocks, random_bytes)
+        after, blocks = super().answer(context, state, phase, question, random_bytes, upload)
+        return after, self.change(context, SiteState.from_bytes(after), phase, blocks, random_bytes)
 
     def change(
-        self, context: RoundContext, state: _State, phase: str, blocks: Blocks, random_bytes: RandomBytes
+        self, context: RoundContext, state: SiteState, phase: str, blocks: Blocks, random_bytes: RandomBytes
     ) -> Blocks:
         """What goes out instead of the honest answer."""
         return blocks
 
 
 class _OtherKey(ProtocolAttacker):
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         upload = _masked(context, draw_key(random_bytes), update, random_bytes)
-        return seal_by_hand(self.site, context, upload, _deals(context, draw_key(random_bytes), random_bytes))
+        return self.submit(context, upload, _deals(context, draw_key(random_bytes), random_bytes))
 
 
 class _WrongDeals(ProtocolAttacker):
@@ -218,15 +229,15 @@ class _WrongDeals(ProtocolAttacker):
         super().__init__(site)
         self.spoil = spoil
 
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         key = draw_key(random_bytes)
-        upload, own = _masked(context, key, update, random_bytes), self.site._number(context)
+        upload, own = _masked(context, key, update, random_bytes), number_of(context, self.public_key)
         others = [k for k in range(1, len(context.sites) + 1) if k != own]
         # Victims are counted from 0, without the attacker itself; its own deal is the last to be spoilt.
         place = {holder: nth for nth, holder in enumerate([*others, own])}
         deals = _deals(context, key, random_bytes)
         spoilt = [self.spoil(context, place[k], deal, random_bytes) for k, deal in enumerate(deals, 1)]
-        return seal_by_hand(self.site, context, upload, spoilt)
+        return self.submit(context, upload, spoilt)
 
 
 def inconsistent_shares(victims: int | None = None) -> Callable[[SealedSite], ProtocolAttacker]:
@@ -254,7 +265,7 @@ class _WrongPoints(ProtocolAttacker):
         self.entries = entries
 
     def change(
-        self, context: RoundContext, state: _State, phase: str, blocks: Blocks, random_bytes: RandomBytes
+        self, context: RoundContext, state: SiteState, phase: str, blocks: Blocks, random_bytes: RandomBytes
     ) -> Blocks:
         if phase != "gram":
             return blocks
@@ -265,16 +276,21 @@ class _WrongPoints(ProtocolAttacker):
 
 
 class _WrongSum(ProtocolAttacker):
+    """A wrong and correctly signed share of the sum of the keys; ``entries`` as for the points."""
+
     def __init__(self, site: SealedSite, entries: int | None = None) -> None:
         super().__init__(site)
         self.entries = entries
 
     def change(
-        self, context: RoundContext, state: _State, phase: str, blocks: Blocks, random_bytes: RandomBytes
+        self, context: RoundContext, state: SiteState, phase: str, blocks: Blocks, random_bytes: RandomBytes
     ) -> Blocks:
         if phase != "sum":
             return blocks
-        return pack_message({}, _spoilt(field.from_bytes(blocks[1]), self.entries, random_bytes))
+        share = _spoilt(field.from_bytes(blocks[1]), self.entries, random_bytes)
+        view, chosen = bytes.fromhex(state.facts["view"]), tuple(state.facts["selected"])
+        statement = sum_statement(context, view, chosen, field.to_bytes(share))
+        return pack_message({"signature": self.site.identity.sign(*statement).hex()}, share)
 
 
 class _WrongCheck(ProtocolAttacker):
@@ -292,12 +308,12 @@ class _WrongCheck(ProtocolAttacker):
         self.victims = victims
 
     def change(
-        self, context: RoundContext, state: _State, phase: str, blocks: Blocks, random_bytes: RandomBytes
+        self, context: RoundContext, state: SiteState, phase: str, blocks: Blocks, random_bytes: RandomBytes
     ) -> Blocks:
         if phase != "check":
             return blocks
         dealers = tuple(state.facts["dealers"])
-        own = context.sites[self.site._number(context) - 1]
+        own = context.sites[number_of(context, self.public_key) - 1]
         others = [site for site in dealers if site != own]
         hit = set(others if self.victims is None else others[: self.victims])
         values, named = field.from_bytes(blocks[1]).reshape(-1, 2).copy(), tuple(json.loads(blocks[0])["complaints"])
@@ -308,7 +324,7 @@ class _WrongCheck(ProtocolAttacker):
             values[rows] = field.random_vector(random_bytes, (len(rows), 2))
         view = bytes.fromhex(state.facts["view"])
         head = {
-            "view": self.site.identity.sign(VIEW, context.digest(), view).hex(),
+            "view": self.site.identity.sign(VIEW_CERTIFICATE, context.digest(), view).hex(),
             "complaints": list(named),
             "signature": self.site.identity.sign(*check_statement(context, view, named, field.to_bytes(values))).hex(),
         }
@@ -331,53 +347,53 @@ class _Hidden(ProtocolAttacker):
         super().__init__(site)
         self.make = make
 
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         hidden = self.make(context.dimension, math.sqrt(ENERGY) * context.unit, _generator(random_bytes))
         return self.site.seal(context, flatten(context.digest(), hidden), random_bytes)
 
 
 class _WrapAround(ProtocolAttacker):
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         integers = np.zeros(block_count(context) * N, dtype=np.int64)
         integers[:N] = wrapped_block(context, _generator(random_bytes))
         key = draw_key(random_bytes)
         upload = _masked_exactly(context, key, integers)
-        return seal_by_hand(self.site, context, upload, _deals(context, key, random_bytes))
+        return self.submit(context, upload, _deals(context, key, random_bytes))
 
 
 class _Oversize(ProtocolAttacker):
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         norm = float(np.linalg.norm(update))
         longer = update.astype(np.float64) * (math.sqrt(ENERGY) * context.unit / norm) if norm > 0 else update
         return self.site.seal(context, longer, random_bytes)
 
 
 class _Replay(ProtocolAttacker):
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         # What it sealed, or would have sealed, for the round before.
         return self.site.seal(replace(context, round=context.round - 1), update, random_bytes)
 
 
 class _Copy(ProtocolAttacker):
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         # Another site's name and a submission made under it: what whoever overhears a submission could send.
         stranger = SealedSite(Identity.generate(random_bytes), self.site.select, accept_small_models=True)
-        place = self.site._number(context) % len(context.sites)
+        place = number_of(context, self.public_key) % len(context.sites)
         keys = [*context.keys]
         keys[place] = stranger.public_key.hex()
         return stranger.seal(replace(context, keys=tuple(keys)), update, random_bytes)
 
 
 class _Plaintext(ProtocolAttacker):
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         return b"", (update.astype("<f4").tobytes(),)
 
 
 class _Unmasked(ProtocolAttacker):
-    def seal(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
+    def forge(self, context: RoundContext, update: Vector, random_bytes: RandomBytes) -> tuple[bytes, Blocks]:
         integers = quantise(update, scale_of(context), context.digest(), random_bytes)
         upload = tuple(field.to_bytes(field.from_signed(batch)) for batch in batches(integers, MASK_BATCH))
-        return seal_by_hand(self.site, context, upload, _deals(context, draw_key(random_bytes), random_bytes))
+        return self.submit(context, upload, _deals(context, draw_key(random_bytes), random_bytes))
 
 
 class _Silent(ProtocolAttacker):

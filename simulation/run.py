@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecordValues, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from quorsum.aggregation import parse_rule
+from quorsum.aggregation import Rule, parse_rule
 from quorsum.crypto import (
     CkksCoordinator,
     CkksSite,
@@ -64,6 +64,7 @@ class Simulation:
         poisoned: how many of them are malicious; which ones, the seed decides.
         attack: what the malicious ones do, such as ``"sign-flip:strength=8"``.
         rule: the robust rule; None takes the usual one of the suite.
+        reference: the trusted site of rules that need one, such as ``"site-01"``; it is never a poisoned one.
         tolerate: f; None takes as many as are poisoned.
         suite: ``"sealed"``, ``"ckks"`` or ``"plain"``.
         rounds: how many.
@@ -86,6 +87,7 @@ class Simulation:
     poisoned: int = 2
     attack: str = "sign-flip"
     rule: str | None = None
+    reference: str | None = None
     tolerate: int | None = None
     suite: str = "sealed"
     rounds: int = 15
@@ -123,11 +125,11 @@ class Simulation:
         if parse_attack(self.attack).on_protocol and self.suite != "sealed":
             raise UsageError(f"attack {self.attack!r} is one on the sealed protocol; use it with --suite sealed")
         rule = parse_rule(self.rule or DEFAULT_RULE[self.suite], suite=self.suite)
-        if rule.needs_reference:
-            raise UsageError(f"rule {rule.name!r} needs a trusted reference site, which a simulation does not have")
+        self._check_reference(rule)
         tolerate = self.poisoned if self.tolerate is None else self.tolerate
         coordinator = _coordinator(self.suite)
-        need = max(rule.minimum_sites(tolerate), coordinator.least_sites(tolerate, max(1, tolerate)))
+        judged = rule.minimum_sites(tolerate) + rule.needs_reference
+        need = max(judged, coordinator.least_sites(tolerate, max(1, tolerate)))
         if self.sites < need:
             raise BoundError(
                 f"{rule.name} under {self.suite} needs at least {need} sites to tolerate {tolerate} malicious ones, "
@@ -135,6 +137,16 @@ class Simulation:
             )
         clip = coordinator.selects if self.clip is None else self.clip
         return replace(self, rule=rule.name, tolerate=tolerate, clip=clip)
+
+    def _check_reference(self, rule: Rule) -> None:
+        known = [site_name(partition) for partition in range(self.sites)]
+        if not rule.needs_reference and self.reference is not None:
+            raise UsageError(f"rule {rule.name!r} has no use for a reference: leave --reference out")
+        if rule.needs_reference and self.reference not in known:
+            raise UsageError(
+                f"rule {rule.name!r} needs a trusted site: --reference must name one of {known[0]} .. {known[-1]}, "
+                f"got {self.reference or 'none'}"
+            )
 
 
 def simulate(
@@ -160,6 +172,7 @@ def simulate(
         min_available_nodes=settings.sites,
         clip=settings.clip,
         sketches=settings.sketches,
+        reference=settings.reference,
         fraction_evaluate=0.0,
         # Seeded, so that a simulation can be repeated. A deployment leaves the operating system's randomness in.
         random_bytes=np.random.default_rng([settings.seed, 7]).bytes,
@@ -189,7 +202,9 @@ def build_world(settings: Simulation) -> World:
     data: Dataset = load_dataset(settings.data, label=settings.label, seed=settings.seed)
     rng = np.random.default_rng([settings.seed, 0])
     parts = partition(data.train_y, settings.sites, alpha=settings.alpha, rng=rng)
-    poisoned = rng.choice(settings.sites, size=settings.poisoned, replace=False)
+    # A trusted site that is poisoned would be the end of any rule that trusts it.
+    candidates = [partition for partition in range(settings.sites) if site_name(partition) != settings.reference]
+    poisoned = rng.choice(candidates, size=settings.poisoned, replace=False)
     training = Training(settings.epochs, settings.batch_size, settings.lr, settings.momentum)
     return World(
         data=data,

@@ -228,6 +228,13 @@ class TestJudge:
         assert verdict.weights[[1, 2]].tolist() == [0, 0]
         assert judge(gram, parse_rule("multi-krum"), 2, norm_bound=1.0).tolerate == 0
 
+    def test_reference_that_cannot_be_honest_guides_nothing(self) -> None:
+        gram = gram_matrix(honest())
+        gram[1, 1] = -1.0
+        assert judge(gram, parse_rule("fltrust"), 1, reference=0).weights[0] == 0
+        with pytest.raises(RoundFailed, match="row of the trusted reference cannot be used"):
+            judge(gram, parse_rule("fltrust"), 1, reference=1)
+
     def test_noise_is_passed_on(self) -> None:
         gram = gram_matrix(honest())
         gram[1, :] = gram[:, 1] = 0.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,13 @@ from federation import DIMENSION, context, honest_update, learning_app, model, s
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from quorsum import messages
+from quorsum import envelope, messages
 from quorsum.client import seal
+from quorsum.client.keys import load_identity
 from quorsum.client.mod import clipped
 from quorsum.crypto.plain import PlainSite
+from quorsum.crypto.suite import RoundContext
+from quorsum.errors import CoordinatorFault
 from quorsum.simulation.grid import LocalGrid
 
 
@@ -140,7 +145,70 @@ def test_round_is_taken_even_if_training_fails() -> None:
         fault = fault_of(send(grid, train_content()))
         assert fault.code == "training-failed"
         assert "4711" not in fault.message, "the text of an error belongs to the site"
-        assert fault_of(send(grid, train_content())).code == "replayed-round"
+        assert fault_of(send(grid, train_content(unit=2.0))).code == "replayed-round"
+
+
+def test_site_that_was_killed_while_it_trained_trains_again_for_the_same_context_only() -> None:
+    broken = iter([True, False])
+
+    def learn(partition: int, number: int) -> np.ndarray:
+        if next(broken):
+            raise RuntimeError
+        return honest_update(partition, number)
+
+    with LocalGrid([learning_app([seal(PlainSite())], learn)]) as grid:
+        assert fault_of(send(grid, train_content())).code == "training-failed"
+        message, _ = messages.unpack(send(grid, train_content()).content)
+    assert isinstance(message, messages.Submission)
+
+
+def test_asked_again_for_what_it_has_submitted_a_site_sends_the_very_same(tmp_path: Path) -> None:
+    """A coordinator that was killed comes back and asks again; a second training would be a second update."""
+    rounds = []
+
+    def learn(partition: int, number: int) -> np.ndarray:
+        rounds.append(number)
+        return honest_update(partition, number) + len(rounds)
+
+    with LocalGrid([learning_app([seal(PlainSite(), home=tmp_path)], learn)]) as grid:
+        first, second = (messages.unpack(send(grid, train_content()).content) for _ in range(2))
+        assert fault_of(send(grid, train_content(unit=2.0))).code == "replayed-round"
+    assert first == second
+    assert rounds == [1]
+
+
+def test_reply_is_signed_for_the_nonce_of_its_instruction(tmp_path: Path) -> None:
+    identity = load_identity(tmp_path)
+    with LocalGrid([learning_app([seal(PlainSite(), home=tmp_path)])]) as grid:
+        for content, kind in (
+            (messages.pack(messages.Hello(run="run", suite="plain/v1")), "train"),
+            (train_content(), "train"),
+            (RecordDict({"arrays": model()}), "evaluate"),
+        ):
+            nonce = os.urandom(16)
+            reply = send(grid, envelope.address(content, nonce), kind).content
+            envelope.open_envelope(reply, nonce, identity.public())
+
+
+def test_app_never_sees_the_envelope() -> None:
+    seen = []
+
+    def learn(partition: int, number: int) -> np.ndarray:
+        return honest_update(partition, number)
+
+    app = learning_app([seal(PlainSite()), lambda m, c, n: (seen.append(list(m.content)), n(m, c))[1]], learn)
+    with LocalGrid([app]) as grid:
+        send(grid, envelope.address(train_content(), bytes(16)))
+        send(grid, envelope.address(RecordDict({"arrays": model()}), bytes(16)), "evaluate")
+    assert seen == [["arrays", "config"], ["arrays"]]
+
+
+def test_own_policy_of_the_site_comes_first() -> None:
+    def check(round_context: RoundContext) -> None:
+        raise CoordinatorFault("unknown-site", f"round {round_context.round} is with strangers")
+
+    with LocalGrid([learning_app([seal(PlainSite(), check=check)])]) as grid:
+        assert fault_of(send(grid, train_content())).code == "unknown-site"
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

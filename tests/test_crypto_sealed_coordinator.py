@@ -26,7 +26,7 @@ from quorsum.crypto.sealed_parameters import SEALED_V1
 from quorsum.crypto.sealed_site import PHASES, SealedSite
 from quorsum.crypto.sharing import deal_length
 from quorsum.crypto.suite import Blocks, RoundContext, Site
-from quorsum.errors import CoordinatorFault, KeyMaterialError, RoundFailed, UsageError
+from quorsum.errors import CoordinatorFault, KeyMaterialError, RoundFailed, SiteFault, UsageError
 from quorsum.selection import select
 
 DIMENSION = 5000
@@ -143,7 +143,15 @@ def test_combine_of_the_honest_code_takes_no_other_set(finished: Federation) -> 
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": "ab" * 32}, {"rule": "mean"}, {"unit": 2.0}, {"run": "other"}, {"round": 2}, {"attempt": 2}],
+    [
+        {"model": "ab" * 32},
+        {"rule": "mean"},
+        {"reference": VICTIM},
+        {"unit": 2.0},
+        {"run": "other"},
+        {"round": 2},
+        {"attempt": 2},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_question_of_another_context_is_not_answered(finished: Federation, change: dict[str, Any]) -> None:
@@ -170,6 +178,48 @@ def test_sites_told_different_contexts_never_make_a_certificate(minority: int) -
             assert "signed the root" in str(failed)  # noqa: PT017
     reached = ["check" in dict(round_.asked) for round_ in (one, other)]
     assert reached == [minority == 1, False]
+
+
+def test_coordinator_that_names_another_reference_to_each_site_gets_nowhere() -> None:
+    """The reference is in the digest, so five references are five contexts, in none of which a quorum signs."""
+    for place, site in enumerate(SITES):
+        round_ = federation(rule="fltrust", reference=SITES[place - 1])
+        round_.turn = lambda asked, phase, blocks, site=site: blocks if asked == site else (b"",)  # type: ignore[misc]
+        uploads = round_.upload()
+        with pytest.raises(RoundFailed, match="only 1 sites signed the root, and 4 are needed"):
+            round_.measure(uploads)
+        # Nor does what a site has sealed in one of them pass for a submission in another.
+        with pytest.raises(SiteFault) as caught:
+            round_.round.accept(replace(round_.context, reference=site), site, round_.sent[site])
+        assert caught.value.code == "wrong-signature"
+
+
+def test_round_whose_reference_was_dropped_opens_no_sum() -> None:
+    """Dropped by the coordinator, or silent: sites that have no row of the reference sign no set."""
+    round_ = federation(6, rule="fltrust", reference=VICTIM)
+    uploads = round_.upload()
+    del uploads[VICTIM]
+    measured = round_.measure(uploads)
+    assert VICTIM not in measured.sites
+    with pytest.raises(RoundFailed, match="reference site 'site-01' has no usable update in this round"):
+        round_.combine(uploads, frozenset(SITES[1:]))
+    points = dict(round_.answered)["gram"]
+    given = {site: head(blocks)["signature"] for site, blocks in points.items()}
+    asked = (json.dumps({"given": [*given], "points": given}).encode(), *[blocks[1] for blocks in points.values()])
+    for site in given:
+        with pytest.raises(CoordinatorFault, match="reference site 'site-01'") as caught:
+            round_.sites[site].answer(round_.context, round_.states[site], "ticket", asked, os.urandom)
+        assert caught.value.code == "cannot-follow"
+
+
+def test_fltrust_opens_the_mean_of_who_agrees_with_the_reference() -> None:
+    updates = updates_for(6, DIMENSION)
+    updates["site-03"] = -updates["site-03"]
+    round_ = federation(6, updates, rule="fltrust", reference=VICTIM)
+    _, chosen, opened = round_.run()
+    assert chosen == set(names(6)) - {VICTIM, "site-03"}
+    clear = np.mean([updates[site] for site in chosen], axis=0)
+    assert np.linalg.norm(opened.total - clear) < 0.02 * np.linalg.norm(clear)
 
 
 def test_certificates_of_another_round_do_not_count(finished: Federation) -> None:
@@ -239,6 +289,23 @@ def test_roster_without_the_sites_key_is_refused(finished: Federation) -> None:
     ],
 )
 def test_bounds_that_do_not_hold_are_refused(finished: Federation, changes: dict[str, Any], code: str) -> None:
+    assert seal_with(replace(finished.context, **changes)).code == code
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"rule": "fltrust"}, "wrong-reference"),
+        ({"rule": "fltrust", "reference": "site-06"}, "wrong-reference"),
+        ({"rule": "multi-krum", "reference": VICTIM}, "wrong-reference"),
+        ({"rule": "bucketing+mean"}, "wrong-rule"),
+        ({"rule": "median"}, "wrong-rule"),
+        ({"rule": "anything"}, "wrong-rule"),
+    ],
+)
+def test_selection_that_the_site_could_not_repeat_is_refused(
+    finished: Federation, changes: dict[str, Any], code: str
+) -> None:
     assert seal_with(replace(finished.context, **changes)).code == code
 
 

@@ -78,6 +78,20 @@ def test_signed_numbers_of_any_size(x):
     assert field.from_signed(np.array(x, dtype=np.int64)).tolist() == [u % P for u in x]
 
 
+@given(vectors, st.data())
+def test_adding_signed_numbers(x, data):
+    signed = st.one_of(st.sampled_from([-P, 1 - P, -1, 0, 1, P - 1, P]), st.integers(-P, P))
+    y = data.draw(st.lists(signed, min_size=len(x), max_size=len(x)))
+    expected = [(u + v) % P for u, v in zip(x, y, strict=True)]
+    assert field.add_signed(array(x), np.array(y, dtype=np.int64)).tolist() == expected
+
+
+def test_adding_small_signed_types():
+    small = np.array([-128, -1, 0, 127], dtype=np.int8)
+    for value in (0, 1, P - 1):
+        assert field.add_signed(array([value] * 4), small).tolist() == [(value + int(v)) % P for v in small]
+
+
 def test_small_signed_types():
     assert field.from_signed(np.array([-128, 127], dtype=np.int8)).tolist() == [P - 128, 127]
 

@@ -43,14 +43,14 @@ SMALL_U = [
 
 def test_a_signature_holds_for_one_label_one_site_and_one_message():
     public = SITE.public()
-    signature = SITE.sign(labels.ROOT, b"ab", b"c")
+    signature = SITE.sign(labels.ROOT_CERTIFICATE, b"ab", b"c")
     assert len(signature) == SIGNATURE_LENGTH
-    assert public.verify(signature, labels.ROOT, b"ab", b"c")
+    assert public.verify(signature, labels.ROOT_CERTIFICATE, b"ab", b"c")
     assert not public.verify(signature, labels.VIEW, b"ab", b"c")
-    assert not public.verify(signature, labels.ROOT, b"a", b"bc")
-    assert not public.verify(signature, labels.ROOT, b"abc")
-    assert not public.verify(signature, labels.ROOT, b"ab", b"c", b"")
-    assert not OTHER.public().verify(signature, labels.ROOT, b"ab", b"c")
+    assert not public.verify(signature, labels.ROOT_CERTIFICATE, b"a", b"bc")
+    assert not public.verify(signature, labels.ROOT_CERTIFICATE, b"abc")
+    assert not public.verify(signature, labels.ROOT_CERTIFICATE, b"ab", b"c", b"")
+    assert not OTHER.public().verify(signature, labels.ROOT_CERTIFICATE, b"ab", b"c")
 
 
 @given(st.integers(0, 8 * SIGNATURE_LENGTH - 1))

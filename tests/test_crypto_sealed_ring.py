@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from quorsum.crypto import field, ring
 from quorsum.crypto.field import P
+from quorsum.crypto.mask import draw_key
 from quorsum.crypto.ring import N
+from quorsum.crypto.xof import uniform_blocks
 from quorsum.errors import UsageError
 
 
@@ -62,7 +64,21 @@ WORST = [
     scattered(FULL_LIMBS_20),
     scattered(FULL_LIMBS_15),
 ]
-KEYS = [41, -41, 82, -82, 1900, -1900]
+KEYS = [3, -3, 41, -41, 82, -82, 1900, -1900]
+
+# Where both limbs of two are as large as they can be: 0 gives -2^30 and -2^29, and p - 1 gives 2^30 - 2 and 2^29 - 1.
+EXTREME = [
+    constant(0),
+    constant(-1),
+    np.where(np.arange(N) % 2, 0, P - 1).astype(np.uint64),
+    np.random.default_rng(8).choice(np.array([0, P - 1], dtype=np.uint64), N),
+    np.random.default_rng(9).choice(np.array([0, 2**31 - 1], dtype=np.uint64), N),
+]
+
+
+def two_limbs(a, s):
+    """Which way multiply_short goes for one block."""
+    return ring._two_limbs_do(ring._split_in_two(a[None, :]), ring.short_factor(s).norm)
 
 
 @pytest.mark.parametrize("bound", KEYS)
@@ -76,9 +92,45 @@ def test_short_products_at_the_worst_case(bound, shape):
         "ramp": np.where(k < N // 2, bound, -bound),
         "scattered": np.random.default_rng(6).choice([bound, -bound], N),
     }[shape]
-    a = np.stack([*WORST, field.random_vector(os.urandom, N)])
+    a = np.stack([*WORST, *EXTREME, field.random_vector(os.urandom, N)])
+    assert {two_limbs(block, s) for block in EXTREME} == {abs(bound) == 3}
     products = ring.multiply_short(a, s)
     assert [row.tolist() for row in products] == [exact_flint(row, field.from_signed(s)) for row in a]
+
+
+def key_of_norm_squared(least):
+    """Threes and fours in any order and with any signs, with a squared norm of ``least`` or up to six more."""
+    rng = np.random.default_rng(10)
+    fours = -(-(least - 9 * N) // 7)
+    assert 0 <= fours <= N
+    return rng.permutation(np.where(np.arange(N) < fours, 4, 3)) * rng.choice([1, -1], N)
+
+
+@pytest.mark.parametrize("a", EXTREME)
+def test_both_sides_of_the_bound_between_two_limbs_and_three(a):
+    """One key just below the bound and one just above it, for blocks with the longest limbs there are."""
+    longest = np.linalg.norm(ring._split_in_two(a[None, :]), axis=-1).max()
+    edge = (ring._SAFE_MEASURED / ring._ERROR / longest) ** 2
+    below, above = key_of_norm_squared(int(edge) - 14), key_of_norm_squared(int(edge) + 1)
+    assert two_limbs(a, below)
+    assert not two_limbs(a, above)
+    for s in (below, above):
+        assert ring.multiply_short(a, s).tolist() == exact_flint(a, field.from_signed(s))
+
+
+def test_a_batch_with_one_long_block_is_exact_too():
+    key = draw_key(os.urandom)
+    a = np.concatenate((uniform_blocks(b"s", 0, 9), np.stack(EXTREME), uniform_blocks(b"s", 9, 9)))
+    expected = [exact_flint(row, field.from_signed(key)) for row in a]
+    assert [row.tolist() for row in ring.multiply_short(a, key)] == expected
+    assert [ring.multiply_short(row, key).tolist() for row in a] == expected
+
+
+def test_two_limbs_do_for_fresh_keys_and_not_for_sums_of_keys():
+    limbs = ring._split_in_two(uniform_blocks(b"s", 0, 64))
+    keys = np.stack([draw_key(os.urandom) for _ in range(200)])
+    assert all(ring._two_limbs_do(limbs, ring.short_factor(key).norm) for key in keys)
+    assert not ring._two_limbs_do(limbs, ring.short_factor(keys[:10].sum(axis=0, dtype=np.int64)).norm)
 
 
 @pytest.mark.parametrize("i", range(len(WORST)))
@@ -110,6 +162,11 @@ def test_the_error_stays_far_below_the_bound():
     for spectra in (short, full):
         numbers = before_rounding(spectra)
         assert 0 < np.abs(numbers - np.rint(numbers)).max() < ring._SAFE / 4
+    two = ring._split_in_two(np.stack(EXTREME))
+    edge = ring._SAFE_MEASURED / ring._ERROR / np.linalg.norm(two, axis=-1).max()
+    longest = ring.short_factor(key_of_norm_squared(int(edge**2) - 14))
+    numbers = before_rounding(ring._transform(two) * longest.spectrum)
+    assert 0 < np.abs(numbers - np.rint(numbers)).max() < ring._SAFE_MEASURED / 4
 
 
 def test_limbs_are_balanced_and_add_up():
@@ -119,6 +176,11 @@ def test_limbs_are_balanced_and_add_up():
         assert np.array_equal(sum(limb << (width * k) for k, limb in enumerate(limbs)), field.centred(blocks))
         assert np.abs(limbs[:-1]).max() == 2 ** (width - 1)
         assert np.abs(limbs[-1]).max() == 2**width
+    edges = np.stack([*blocks, *EXTREME])
+    low, high = ring._split_in_two(edges).astype(np.int64)
+    assert np.array_equal(low + (high << 31) + (2**60 + 2**30), edges.astype(np.int64))
+    assert np.abs(low).max() == 2**30
+    assert np.abs(high).max() == 2**29
 
 
 def test_roots_of_unity_are_as_good_as_the_bound_supposes():
@@ -195,10 +257,10 @@ def test_a_rotation_is_a_product_with_a_power_of_x(sign, rho):
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_the_ways_to_multiply_agree(seed):
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 7, 82]))
+def test_the_ways_to_multiply_agree(seed, bound):
     rng = np.random.default_rng(seed)
-    s = rng.integers(-82, 83, N)
+    s = rng.integers(-bound, bound + 1, N)
     a = rng.integers(0, P, (3, N), dtype=np.uint64)
     wide = field.from_signed(s)
     assert np.array_equal(ring.multiply_short(a, s), ring.multiply_many(wide, a))

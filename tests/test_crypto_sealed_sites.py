@@ -21,7 +21,7 @@ from quorsum.crypto.mask import draw_key
 from quorsum.crypto.ring import N
 from quorsum.crypto.sealed_coordinator import SealedCoordinator, SealedUpload
 from quorsum.crypto.sealed_geometry import plan_of
-from quorsum.crypto.sealed_site import PHASES, SealedSite, points_statement
+from quorsum.crypto.sealed_site import PHASES, SealedSite, SiteState, points_statement, sum_statement, ticket_of
 from quorsum.crypto.sealed_wire import pack_message
 from quorsum.crypto.sketch import SketchPlan
 from quorsum.crypto.suite import Blocks, Measured, Site
@@ -34,7 +34,6 @@ from quorsum.simulation.protocol_attacks import (
     _WrongCheck,
     _WrongPoints,
     inconsistent_shares,
-    seal_by_hand,
 )
 
 D = 20_000
@@ -344,7 +343,7 @@ def test_copied_ciphertext_under_the_copiers_own_signature_is_noise() -> None:
     class Copier(ProtocolAttacker):
         def seal(self, context, update, random_bytes):  # type: ignore[no-untyped-def]
             deals = _deals(context, draw_key(random_bytes), random_bytes)
-            return seal_by_hand(self.site, context, federation.sent["site-01"][2:], deals)
+            return self.submit(context, federation.sent["site-01"][2:], deals)
 
     federation = prepare({BAD: Copier})
     played = play(federation)
@@ -393,14 +392,10 @@ def test_malformed_answer_counts_as_none(phase: str, kind: str) -> None:
     federation.tamper = tamper
     played = play(federation)
     assert_honest_mean(played, played.chosen)
-    if phase == "sum" and kind == "unsigned":
-        # A sum share carries no signature of its own: what is decoded is verified exactly.
-        assert played.code(BAD) is None
-    else:
-        assert played.code(BAD) in {"undecodable", "wrong-shape"}
+    assert played.code(BAD) in {"undecodable", "wrong-shape"}
 
 
-@pytest.mark.parametrize("phase", ["check", "gram", "ticket"])
+@pytest.mark.parametrize("phase", ["check", "gram", "ticket", "sum"])
 def test_answer_signed_by_another_site_counts_as_none(phase: str) -> None:
     def tamper(site: Site, asked: str, blocks: Blocks) -> Blocks:
         if asked == phase:
@@ -417,6 +412,84 @@ def test_answer_signed_by_another_site_counts_as_none(phase: str) -> None:
     assert_honest_mean(played, played.chosen)
     faults = {**played.measured.faults, **played.opening}
     assert phase == "ticket" or faults[BAD].code == "wrong-signature"
+
+
+def _forgeries(true: Blocks, federation: Federation, chosen: tuple[Site, ...]) -> dict[str, Blocks]:
+    """Wrong sum shares that somebody sends in another site's name, without that site's key."""
+    share = field.from_bytes(true[1]).copy()
+    share[0] = (int(share[0]) + 1) % field.P
+    view = bytes.fromhex(SiteState.from_bytes(federation.states[BAD]).facts["view"])
+    statement = sum_statement(federation.context, view, chosen, field.to_bytes(share))
+    stranger = identity(int(BAD[-2:])).sign(*statement)
+    return {
+        "unsigned": pack_message({}, share),
+        "under the true signature": (true[0], field.to_bytes(share)),
+        "signed by the forger": pack_message({"signature": stranger.hex()}, share),
+    }
+
+
+@pytest.mark.parametrize("how", ["unsigned", "under the true signature", "signed by the forger"])
+def test_forged_sum_share_in_another_sites_name_does_not_blame_it(how: str) -> None:
+    victim = "site-01"
+
+    def tamper(site: Site, phase: str, blocks: Blocks) -> Blocks:
+        if (site, phase) != (victim, "sum"):
+            return blocks
+        chosen = tuple(SiteState.from_bytes(federation.states[victim]).facts["selected"])
+        return _forgeries(blocks, federation, chosen)[how]
+
+    federation = prepare({}, d=9000)
+    federation.tamper = tamper
+    played = play(federation)
+    assert_honest_mean(played, played.chosen)
+    (fault,) = played.opening.values()
+    assert (fault.site, fault.proven) == (victim, False)
+    assert fault.code == ("undecodable" if how == "unsigned" else "wrong-signature")
+
+
+def test_sum_share_of_another_set_does_not_count() -> None:
+    """Signed by its giver, for a set that is not the one to be opened: no share, and no proof of a wrong one."""
+
+    def tamper(site: Site, phase: str, blocks: Blocks) -> Blocks:
+        if (site, phase) != (BAD, "sum"):
+            return blocks
+        facts = SiteState.from_bytes(federation.states[BAD]).facts
+        less, view = tuple(facts["selected"][1:]), bytes.fromhex(facts["view"])
+        statement = sum_statement(federation.context, view, less, blocks[1])
+        return pack_message({"signature": identity(int(BAD[-2:])).sign(*statement).hex()}, blocks[1])
+
+    federation = prepare({}, d=9000)
+    federation.tamper = tamper
+    played = play(federation)
+    assert_honest_mean(played, played.chosen)
+    assert {site: (fault.code, fault.proven) for site, fault in played.opening.items()} == {
+        BAD: ("wrong-signature", False)
+    }
+
+
+@pytest.mark.parametrize("name", ["wrong-points", "wrong-point", "wrong-sum", "wrong-sum-entry"])
+def test_signed_lie_is_proven(name: str) -> None:
+    played = play(prepare({BAD: attack(name)}, d=9000))
+    (fault,) = [*played.measured.faults.values(), *played.opening.values()]
+    assert (fault.site, fault.proven) == (BAD, True)
+
+
+@pytest.mark.parametrize(("signed", "code"), [(True, "wrong-set"), (False, "wrong-signature")])
+def test_ticket_for_another_set_does_not_count_and_proves_nothing(signed: bool, code: str) -> None:
+    def tamper(site: Site, phase: str, blocks: Blocks) -> Blocks:
+        if (site, phase) != (BAD, "ticket"):
+            return blocks
+        facts = SiteState.from_bytes(federation.states[BAD]).facts
+        less = tuple(facts["selected"][1:])
+        statement = ticket_of(federation.context, bytes.fromhex(facts["view"]), less)
+        signer = identity(int(BAD[-2:]) if signed else 1)
+        return pack_message({"selected": list(less), "signature": signer.sign(*statement).hex()})
+
+    federation = prepare({}, d=9000)
+    federation.tamper = tamper
+    played = play(federation)
+    assert_honest_mean(played, played.chosen)
+    assert {site: (fault.code, fault.proven) for site, fault in played.opening.items()} == {BAD: (code, False)}
 
 
 # --- hiding from the sketches ---

@@ -37,6 +37,12 @@ def test_known_answer():
     assert xof.integers_below(labels.SKETCH_ROTATIONS, b"\x00" * 32, 4, N).tolist() == KNOWN["rotations"]
 
 
+def test_a_long_stretch_is_made_of_its_parts():
+    part = 1 << 18
+    whole = xof.keystream(labels.SEED, b"s", 4 * part)
+    assert whole == b"".join(xof.keystream(labels.SEED, b"s", part, offset=k * part) for k in range(4))
+
+
 @given(st.integers(0, 100), st.integers(0, 64))
 def test_any_part_can_be_reached_directly(offset, length):
     whole = xof.keystream(labels.SEED, b"s", 16 * offset + length)
@@ -76,7 +82,7 @@ def test_the_one_value_too_many_becomes_zero():
 
 def test_everything_is_spread_as_it_should_be():
     count = 1 << 16
-    elements = xof.field_elements(labels.GAMMA_ZEROS, b"s", count)
+    elements = xof.field_elements(labels.GAMMA_SHARES, b"s", count)
     assert int(elements.max()) < P
     assert abs(elements.astype(np.float64).mean() / P - 0.5) < 5 / (12 * count) ** 0.5
     signs = xof.signs(labels.SKETCH_SIGNS, b"s", count)

@@ -14,7 +14,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The leaf that everybody may import, and what else each room may import of quorsum and of other packages.
 LEAF = "quorsum.errors"
-SHARED = {"quorsum.messages", "quorsum.arrays", "quorsum.selection"}
+SHARED = {
+    "quorsum.arrays",
+    "quorsum.bundles",
+    "quorsum.config",
+    "quorsum.durable",
+    "quorsum.enrollment",
+    "quorsum.envelope",
+    "quorsum.flower",
+    "quorsum.invitation",
+    "quorsum.logs",
+    "quorsum.messages",
+    "quorsum.selection",
+    "quorsum.words",
+}
 ALLOWED = {
     "aggregation": (set(), {"numpy"}),
     "crypto": (set(), {"numpy", "scipy", "tenseal", "flint", "cryptography"}),
@@ -27,13 +40,31 @@ ALLOWED = {
             "quorsum.simulation",
         }
         | SHARED,
-        {"numpy", "flwr", "pydantic", "typer", "click", "rich"},
+        {
+            "numpy",
+            "flwr",
+            "pydantic",
+            "typer",
+            "click",
+            "rich",
+            "mnemonic",
+            "tomli_w",
+            # What Flower is made of, in quorsum/flower.py only.
+            "cryptography",
+            "fastapi",
+            "starlette",
+            "httpx",
+            "google",
+        },
     ),
     "server": (
         {"quorsum.aggregation", "quorsum.crypto"} | SHARED,
-        {"numpy", "flwr"},
+        {"numpy", "flwr", "grpc", "pydantic", "uvicorn", "filelock", "prometheus_client", "rich", "typer"},
     ),
-    "client": ({"quorsum.crypto"} | SHARED, {"numpy", "flwr"}),
+    "client": (
+        {"quorsum.crypto"} | SHARED,
+        {"filelock", "numpy", "flwr", "grpc", "pydantic", "httpx", "rich", "typer"},
+    ),
     "simulation": (
         {
             "quorsum.aggregation",

@@ -74,6 +74,8 @@ def test_simulate_on_a_csv_of_ones_own(tmp_path: Path) -> None:
         (["simulate", "--alpha", "0"], "alpha"),
         (["simulate", "--attack", "bribe"], "known: none, sign-flip"),
         (["simulate", "--rule", "median"], "inner products"),
+        (["simulate", "--rule", "fltrust"], "--reference"),
+        (["simulate", "--reference", "site-01"], "leave --reference out"),
         (["simulate", "--out", "/proc/nope"], "/proc/nope"),
         (["train"], "train"),
         (["keygen"], "--out"),

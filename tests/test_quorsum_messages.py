@@ -26,6 +26,7 @@ ALL = [
     messages.Question(context=DIGEST, phase="gram"),
     messages.Answer(context=DIGEST, phase="gram"),
     messages.Fault(code="training-failed", message="the site's app raised an error"),
+    messages.Again(site="a", suite="sealed/v1", context=messages.Context.of(CONTEXT)),
 ]
 
 
@@ -42,7 +43,7 @@ def test_blocks_keep_order_and_bytes(blocks: list[bytes]) -> None:
 
 
 def test_context_survives_the_wire_to_the_last_bit() -> None:
-    context = RoundContext("run", 1, 2, ("a", "b", "c"), 10, 1, 0.1 + 0.2, False, 16)
+    context = RoundContext("run", 1, 2, ("a", "b", "c"), 10, 1, 0.1 + 0.2, False, 16, 1, "fltrust", "b")
     wire = messages.Context.model_validate_json(messages.Context.of(context).model_dump_json())
     assert wire.round_context() == context
     assert wire.round_context().digest() == context.digest()
@@ -60,6 +61,8 @@ def test_context_survives_the_wire_to_the_last_bit() -> None:
         ("unit", 2.5000000000000004),
         ("clip", False),
         ("sketches", 5),
+        ("rule", "mean"),
+        ("reference", "a"),
     ],
 )
 def test_digest_depends_on_every_field(field: str, value: object) -> None:
@@ -110,6 +113,11 @@ MALFORMED = {
         header(ALL[3].model_copy(update={"examples": -1}).model_dump_json()),
         "undecodable",
         "examples",
+    ),
+    "reference not a name": (
+        header(ALL[2].model_dump_json().replace('"reference":""', '"reference":"two\\nlines"')),
+        "undecodable",
+        "reference",
     ),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from quorsum.errors import BoundError, UsageError
-from quorsum.simulation.run import Simulation, simulate
+from quorsum.simulation.run import Simulation, build_world, simulate
 
 BASE = Simulation(rounds=8, suite="ckks")
 LOUD = ("sign-flip", "scaling", "gaussian", "nan")
@@ -74,6 +74,24 @@ def test_plain_and_sealed_choose_the_same_sites_by_the_same_selection() -> None:
     assert abs(sealed["final"]["accuracy"] - clear["final"]["accuracy"]) <= 0.003
 
 
+def test_fltrust_under_sealed_beats_the_mean_under_sign_flip() -> None:
+    """Three flipped updates among ten: clipping alone does not save the mean, and a trusted site finds all of them."""
+    same = {"attack": "sign-flip", "suite": "sealed", "poisoned": 3, "tolerate": 1}
+    trusted, mean = outcome(rule="fltrust", reference="site-01", **same), outcome(rule="mean", **same)
+    assert [one["failed"] for one in trusted["rounds"]] == [None] * BASE.rounds
+    assert trusted["final"]["accuracy"] >= clean() - 0.03
+    assert trusted["final"]["accuracy"] > mean["final"]["accuracy"] + 0.04
+    assert trusted["final"]["poisoned_rejected"] == 1.0
+    assert all(one["codes"]["site-01"] == "reference" for one in trusted["rounds"])
+    assert trusted["config"]["reference"] == "site-01"
+
+
+def test_reference_is_never_poisoned() -> None:
+    for seed in range(20):
+        settings = Simulation(rule="fltrust", reference="site-02", poisoned=7, sites=8, suite="plain", seed=seed)
+        assert 1 not in build_world(settings).poisoned
+
+
 @pytest.mark.parametrize("attack", ["wrong-points", "inconsistent-shares", "other-key", "silent-sum"])
 def test_protocol_attackers_run_in_a_simulation_and_gain_nothing(attack: str) -> None:
     result = outcome(attack=attack, suite="sealed", rounds=2)
@@ -119,7 +137,10 @@ def test_same_seed_same_run() -> None:
         ({"runtime": "mainframe"}, UsageError, "known: local, ray"),
         ({"attack": "sing-flip"}, UsageError, "did you mean sign-flip"),
         ({"rule": "krumm"}, UsageError, "krum"),
-        ({"rule": "fltrust"}, UsageError, "reference"),
+        ({"rule": "fltrust"}, UsageError, "--reference must name one of site-01 .. site-10, got none"),
+        ({"rule": "fltrust", "reference": "site-11"}, UsageError, "site-01 .. site-10, got site-11"),
+        ({"reference": "site-01"}, UsageError, "has no use for a reference"),
+        ({"rule": "monna", "reference": "site-01", "sites": 9, "poisoned": 4}, BoundError, "at least 10 sites"),
         ({"rule": "median"}, UsageError, "inner products"),
         ({"sites": 6}, BoundError, "at least 7 sites"),
         ({"tolerate": 4}, BoundError, "at least 11 sites"),

@@ -19,12 +19,14 @@ PATH = Path(__file__).with_name("crypto.json")
 CONTEXTS: list[dict[str, Any]] = [
     {
         "run": "00" * 16, "round": 1, "attempt": 1, "sites": ["a", "b", "c"], "dimension": 10, "tolerate": 1,
-        "unit": 1.0, "clip": False, "sketches": 4, "collude": 1, "rule": "", "model": "", "keys": [], "commitment": "",
+        "unit": 1.0, "clip": False, "sketches": 4, "collude": 1, "rule": "", "reference": "",
+        "model": "", "keys": [], "commitment": "",
     },
     {
         "run": "run with a quote \" and é", "round": 7, "attempt": 2, "sites": ["hospital-1", "hospital-2"],
         "dimension": 1_000_000, "tolerate": 0, "unit": 0.1, "clip": True, "sketches": 16, "collude": 2,
-        "rule": "nnm+multi-krum", "model": "ab" * 32, "keys": ["01" * 64, "02" * 64], "commitment": "cd" * 32,
+        "rule": "nnm+fltrust", "reference": "hospital-2", "model": "ab" * 32, "keys": ["01" * 64, "02" * 64],
+        "commitment": "cd" * 32,
     },
 ]  # fmt: skip
 
