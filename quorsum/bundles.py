@@ -14,6 +14,7 @@ import shutil
 import stat
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -102,8 +103,8 @@ def describe(bundle: bytes) -> Description:
         Refusal: ``not-a-bundle``.
     """
     try:
-        _check_length(len(bundle))
-        _entries(bundle)
+        # Flower reads the file that says so whole, whatever length it grows to.
+        _read(bundle)
         config = flower.fab_config(bundle)
         name, version = flower.fab_identity(config)
         components = {str(k): str(v) for k, v in config["tool"]["flwr"]["app"]["components"].items()}
@@ -173,11 +174,12 @@ def _check_length(length: int) -> None:
 
 def _read(bundle: bytes) -> dict[str, bytes]:
     _check_length(len(bundle))
+    entries = _entries(bundle)
     contents: dict[str, bytes] = {}
     left = LONGEST
     try:
         with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
-            for entry in _entries(bundle):
+            for entry in entries:
                 if entry.is_dir():
                     continue
                 with archive.open(entry) as file:
@@ -186,7 +188,7 @@ def _read(bundle: bytes) -> dict[str, bytes]:
                 left -= len(content)
                 _check_length(LONGEST - left)
                 contents[entry.filename] = content
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError) as error:
         raise Refusal("not-a-bundle", f"the bundle is damaged ({type(error).__name__})") from None
     return contents
 
@@ -226,5 +228,8 @@ def _check_name(entry: zipfile.ZipInfo) -> None:
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise Refusal("unsafe-bundle", f"the bundle holds {name[:100]!r}, which is not an ordinary file")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Python unpacks the others in one go, whatever they grow to.
+        raise Refusal("unsafe-bundle", f"the bundle holds {name[:100]!r} compressed in another way than zip's own")
     if entry.flag_bits & 0x1:
         raise Refusal("unsafe-bundle", f"the bundle holds {name[:100]!r} encrypted")

@@ -8,6 +8,7 @@ Heavy modules are imported inside the commands, so that ``quorsum --help`` is in
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -30,8 +31,40 @@ __all__ = ["main"]
 
 EXIT_OK, EXIT_BAD, EXIT_UNKNOWN, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 64, 130
 
+# Commands that live with the coordinator and with the site: module, name in it, help. Loaded when they are typed.
+ROOMS = {
+    "coordinator": ("quorsum.server.commands", "coordinator", "Run the coordinator of a federation."),
+    "run": ("quorsum.server.commands", "run", "Train an app with the sites of this coordinator's federation."),
+    "site": ("quorsum.client.commands", "app", "Be a site: enroll, start, decide which apps run here."),
+}
+
+
+class _Rooms(typer.core.TyperGroup):
+    """The commands of this module, and those of the rooms."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *ROOMS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        # For the list of commands a name and a sentence are enough.
+        return (
+            click.Command(cmd_name, help=ROOMS[cmd_name][2])
+            if cmd_name in ROOMS
+            else super().get_command(ctx, cmd_name)
+        )
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in ROOMS:
+            return super().resolve_command(ctx, args)
+        module, name, _ = ROOMS[args[0]]
+        return args[0], typer.main.get_command(getattr(importlib.import_module(module), name)), args[1:]
+
+
 app = typer.Typer(
     name="quorsum",
+    cls=_Rooms,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -53,6 +86,8 @@ def run(arguments: list[str]) -> int:
     # Flower reports usage and looks for updates unless told not to; a security tool does neither by default.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    # gRPC writes every failed handshake to stderr; what matters of them is said in our own words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         status = int(app(args=arguments, prog_name="quorsum", standalone_mode=False) or EXIT_OK)
         if status == EXIT_INTERRUPTED:
@@ -115,6 +150,10 @@ def simulate(
         str | None,
         typer.Option(help="robust rule, pre-aggregators first (default: spectral for sealed, else nnm+multi-krum)"),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="trusted site for fltrust and monna, such as site-01; it is never one of the poisoned"),
+    ] = None,
     tolerate: Annotated[
         int | None, typer.Option(help="f, malicious sites to tolerate (default: as many as are poisoned)")
     ] = None,
@@ -139,9 +178,9 @@ def simulate(
     from quorsum.simulation.run import Simulation
 
     settings = Simulation(
-        data=data, label=label, sites=sites, poisoned=poisoned, attack=attack, rule=rule, tolerate=tolerate,
-        suite=suite, rounds=rounds, alpha=_alpha(alpha), clip=clip, epochs=epochs, batch_size=batch_size, lr=lr,
-        momentum=momentum, hidden=hidden, seed=seed, runtime=runtime,
+        data=data, label=label, sites=sites, poisoned=poisoned, attack=attack, rule=rule, reference=reference,
+        tolerate=tolerate, suite=suite, rounds=rounds, alpha=_alpha(alpha), clip=clip, epochs=epochs,
+        batch_size=batch_size, lr=lr, momentum=momentum, hidden=hidden, seed=seed, runtime=runtime,
     )  # fmt: skip
     _writable(out)
     result = _simulate_with_progress(settings)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from quorsum import durable
 from quorsum.errors import UsageError
-from quorsum.invitation import SITE_PATTERN, split_address
+from quorsum.invitation import FEDERATION_PATTERN, SITE_PATTERN, split_address
 
 __all__ = ["CoordinatorConfig", "SiteConfig", "load", "replace_file", "write"]
 
@@ -60,7 +60,7 @@ class CoordinatorConfig(_Config):
         log_format: ``text`` for people, ``json`` for machines.
     """
 
-    federation: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,47}$")]
+    federation: Annotated[str, Field(pattern=FEDERATION_PATTERN)]
     host: Host = "127.0.0.1"
     advertise: Annotated[list[Host], Field(min_length=1, max_length=32)] = ["localhost", "127.0.0.1"]
     enrollment_port: Port = 7401
@@ -94,7 +94,7 @@ class SiteConfig(_Config):
     """
 
     site: Annotated[str, Field(pattern=SITE_PATTERN)]
-    federation: Annotated[str, Field(min_length=1, max_length=64)]
+    federation: Annotated[str, Field(pattern=FEDERATION_PATTERN)]
     enrollment_address: Address
     members_address: Address
     fleet_address: Address

@@ -23,12 +23,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from quorsum.crypto.certificates import public_key_digest, read_request
 from quorsum.crypto.labels import tagged
 from quorsum.errors import Refusal
-from quorsum.invitation import SITE_PATTERN
+from quorsum.invitation import FEDERATION_PATTERN, SITE_PATTERN
 from quorsum.words import six_words
 
 __all__ = [
@@ -106,6 +106,14 @@ RELAY_INFO: Final = "key-relay-info"
 LABELS: Final = (REQUEST, NODE_PROOF, TLS_PROOF, WORDS, EPOCH, RELAY, RELAY_INFO)
 """All of them, for the test that no two are equal and none is one of the sealed round's."""
 
+
+def _shown(text: str) -> str:
+    # It ends up on the terminal of a site's administrator, where other characters could be commands.
+    if not text.isprintable():
+        raise ValueError("this is not a text that can be shown")
+    return text
+
+
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 Pem = Annotated[str, Field(min_length=1, max_length=4096)]
 IdentityHex = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -113,7 +121,8 @@ SignatureHex = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 DerHex = Annotated[str, Field(pattern=r"^([0-9a-f]{2}){8,80}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(ge=0, le=2**33, allow_inf_nan=False)]
-Address = Annotated[str, Field(min_length=3, max_length=255)]
+Address = Annotated[str, Field(min_length=3, max_length=255), AfterValidator(_shown)]
+FederationName = Annotated[str, Field(pattern=FEDERATION_PATTERN)]
 State: TypeAlias = Literal["pending", "approved", "refused", "revoked", "left"]
 
 
@@ -167,7 +176,7 @@ class EnrollReply(_Reply):
     certificate: Annotated[str, Field(max_length=8192)]
     members_address: Address
     fleet_address: Address
-    federation: Annotated[str, Field(min_length=1, max_length=64)]
+    federation: FederationName
 
 
 class RenewRequest(_Message):

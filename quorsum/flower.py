@@ -26,7 +26,7 @@ import ssl
 import sys
 import threading
 import time
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,7 +48,9 @@ from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     SUPERLINK_NODE_ID,
+    SYSTEM_TIME_TOLERANCE,
     TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
     ErrorCode,
     Status,
     SubStatus,
@@ -94,6 +96,7 @@ from flwr.supercore.primitives.asymmetric import (
     public_key_to_bytes,
     sign_message,
     uses_nist_ec_curve,
+    verify_signature,
 )
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES, ProtobufTranslationMiddleware
@@ -125,6 +128,7 @@ __all__ = [
     "Run",
     "become_coordinator",
     "build_fab",
+    "caller",
     "fab_config",
     "fab_identity",
     "fleet_application",
@@ -156,6 +160,10 @@ _STOOD_STILL: Final = 2.0
 # Objects that a site pulls or pushes at the same time: on a long way each takes a while, whatever its length. Every
 # object that is pushed is several times in the coordinator's memory while it arrives.
 _PULLS_AT_ONCE, _PUSHES_AT_ONCE = 4, 2
+# Bytes of one answer of the coordinator; it cuts arrays into objects of 5 MiB.
+_LONGEST_ANSWER: Final = 64 << 20
+# Objects of a reply at most: a model of thousands of arrays has fewer.
+_MOST_OBJECTS: Final = 100_000
 
 
 def quiet() -> None:
@@ -402,6 +410,9 @@ class FleetState(InMemoryLinkState):
         ids = list(dict.fromkeys(tree.object_id for tree in iterate_object_tree(object_tree)))
         if validate_message(message, is_reply_message=True) or not all(is_valid_sha256_hash(k) for k in ids):
             return False, []
+        if len(ids) > _MOST_OBJECTS:
+            log.warning("node %d announced a reply of %d objects", metadata.src_node_id, len(ids))
+            return False, []
         with self.lock:
             asked = self.message_ins_store.get(metadata.reply_to_message_id)
             if asked is None or not _answers(metadata, asked.metadata) or self._is_finished_run(metadata.run_id):
@@ -587,6 +598,24 @@ class _Binding:
         return None
 
 
+def caller(state: FleetState, headers: Mapping[bytes, bytes]) -> int | None:
+    """Which registered node signed a request, by its headers alone; Flower looks once more when it has arrived."""
+    key, stated, signature = (
+        headers.get(name.lower().encode("ascii"), b"")
+        for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
+    )
+    try:
+        public = b64decode(key, validate=True)
+        node_id = state.get_node_id_by_public_key(public)
+        age = (now() - datetime.datetime.fromisoformat(stated.decode("ascii"))).total_seconds()
+        if node_id is None or not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+            return None
+        signed = verify_signature(bytes_to_public_key(public), stated, b64decode(signature, validate=True))
+    except (ValueError, TypeError):
+        return None
+    return node_id if signed else None
+
+
 def polling_node(body: bytes) -> int | None:
     """Which node a request for messages says it is from; not authenticated yet."""
     try:
@@ -765,6 +794,13 @@ class _Signer:
         return call_next(context)
 
 
+def _bounded(response: httpx.Response) -> None:
+    """Look at an answer before it is read: it must say how long it is, and not grow."""
+    length = response.headers.get("content-length", "")
+    if not length.isdigit() or int(length) > _LONGEST_ANSWER or "content-encoding" in response.headers:
+        raise httpx.RemoteProtocolError("the coordinator's answer is too long, or does not say how long it is")
+
+
 def _base64(data: bytes) -> str:
     return b64encode(data).decode("ascii")
 
@@ -791,7 +827,7 @@ class FleetClient:
         key: bytes,
         *,
         clock_offset: Callable[[], float] = lambda: 0.0,
-        longest: int = 1 << 34,
+        longest: int = 1 << 32,
         timeout: float = 30.0,
     ) -> None:
         try:
@@ -807,6 +843,10 @@ class FleetClient:
         self._client = FleetHttpClient(
             f"https://{address}", interceptors=[_Signer(private, clock_offset)], verify=context, timeout=timeout
         )
+        http = self._client._client
+        # Flower has no parameter for it. The coordinator must not send this site on to other machines of its network.
+        http.follow_redirects = False
+        http.event_hooks = {"response": [_bounded]}
 
     def close(self) -> None:
         """Close the connections."""
@@ -852,7 +892,13 @@ class FleetClient:
             return response.object_content
 
         ids = list(dict.fromkeys(tree.object_id for tree in iterate_object_tree(instruction.tree)))
-        contents = dict(zip(ids, self._several.map(pull, ids), strict=True))
+        contents: dict[str, bytes] = {}
+        size = 0
+        for object_id, content in zip(ids, self._several.map(pull, ids), strict=True):
+            size += len(content)
+            if size > self._longest:
+                raise Refusal("too-long", f"the message has more than {self._longest} bytes")
+            contents[object_id] = content
         self._client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=node, run_id=metadata.run_id, message_object_id=root)
         )

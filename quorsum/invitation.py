@@ -28,12 +28,25 @@ from typing import Final
 from quorsum.crypto.randomness import tagged_hash
 from quorsum.errors import Refusal, UsageError
 
-__all__ = ["PREFIX", "SECRET_BYTES", "SITE_PATTERN", "Invitation", "decode", "encode", "secret_hash", "split_address"]
+__all__ = [
+    "FEDERATION_PATTERN",
+    "PREFIX",
+    "SECRET_BYTES",
+    "SITE_PATTERN",
+    "Invitation",
+    "decode",
+    "encode",
+    "secret_hash",
+    "split_address",
+]
 
 PREFIX: Final = "qsum1-"
 SECRET_BYTES: Final = 16
 SITE_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 """What the name of a site looks like: it becomes a common name and a file name."""
+
+FEDERATION_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,47}$"
+"""What the name of a federation looks like: sites show it on their terminals."""
 
 _VERSION: Final = 1
 _HEAD: Final = struct.Struct(f">BI32s{SECRET_BYTES}s")

@@ -12,11 +12,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from quorsum.aggregation import judge, norm_gate, parse_rule
+from quorsum.aggregation import Rule, judge, norm_gate, parse_rule
 from quorsum.crypto.suite import RoundContext, Site
 from quorsum.errors import CoordinatorFault, RoundFailed, UsageError
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "one_attempt", "select"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Selection:
         """Whether sites can repeat the selection that the context names.
 
         Raises:
-            CoordinatorFault: ``wrong-rule``: the rule is not known here, needs every coordinate, or draws at random;
+            CoordinatorFault: ``one-attempt``: this is a later attempt, and the rule allows none (see ``one_attempt``);
+                ``wrong-rule``: the rule is not known here, needs every coordinate, or draws at random;
                 ``wrong-reference``: the rule needs a reference and the context names none, or none of the roster, or
                 names one that the rule does not use.
         """
@@ -63,6 +64,8 @@ class Selection:
             raise CoordinatorFault(
                 "wrong-rule", f"sites cannot repeat {rule.name}: it draws at random or needs every coordinate"
             )
+        if context.attempt > 1 and one_attempt(rule):
+            raise CoordinatorFault("one-attempt", f"a round by {rule.name}, which may keep few sites, has one attempt")
         if not rule.needs_reference:
             if context.reference:
                 raise CoordinatorFault(
@@ -72,6 +75,16 @@ class Selection:
             raise CoordinatorFault("wrong-reference", f"{rule.name} needs a reference, and the context names none")
         elif context.reference not in context.sites:
             raise CoordinatorFault("wrong-reference", f"the reference {context.reference!r} is not a site of the round")
+
+
+def one_attempt(rule: Rule) -> bool:
+    """Whether a round by this rule has one attempt only: the rule may leave out more than f sites.
+
+    Sites that sign for a set join no later attempt, and so no later sum; that protects them and the others only if
+    most of them are in the set. With ``multi-krum(m=4)`` none need be, and two sums may differ in a single update.
+    """
+    last = rule.parts[-1]
+    return rule.needs_reference or last.name == "krum" or "m" in last.options
 
 
 select: Final = Selection()

@@ -17,9 +17,10 @@ import ipaddress
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NoReturn
@@ -46,6 +47,10 @@ _LOGGER = logging.getLogger("quorsum.enrollment")
 _FAILURES: Final = frozenset(
     {"invitation-unknown", "invitation-site", "invitation-used", "invitation-expired", "invitation-withdrawn"}
 )
+# Lines about refusals for each address: a flood of calls must not fill the disk.
+_LINES_RATE, _LINES_BURST = 1.0, 60.0
+# Connections to one port at most, so that the process keeps files for everything else.
+_CONNECTIONS: Final = 1000
 _STATUS: Final = {
     "rate-limited": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "too-many-pending": grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -74,6 +79,8 @@ class Limits:
         failure_rate, failure_burst: the same for wrong invitations.
         most_pending: sites that may wait for the operator.
         most_addresses: addresses that are remembered.
+        most_arriving: requests of one address, or of one member, that may be on their way at once.
+        slowest: seconds that a request may take to arrive; the sites give up after as many.
     """
 
     rate: float = 10.0
@@ -84,6 +91,8 @@ class Limits:
     failure_burst: float = 10.0
     most_pending: int = 256
     most_addresses: int = 10_000
+    most_arriving: int = 4
+    slowest: float = 20.0
 
 
 class _Buckets:
@@ -106,6 +115,29 @@ class _Buckets:
             if len(self._buckets) > self._most:
                 self._buckets.popitem(last=False)
             return enough
+
+
+class _Arrivals:
+    """How many requests of each name are on their way; a request that never ends must take no place of others."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._arriving: Counter[str] = Counter()
+
+    @contextmanager
+    def one(self, name: str) -> Iterator[None]:
+        with self._lock:
+            if self._arriving[name] >= self._most:
+                raise Refusal("rate-limited", "too many calls at once; wait a few seconds and try again")
+            self._arriving[name] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._arriving[name] -= 1
+                if not self._arriving[name]:
+                    del self._arriving[name]
 
 
 class EnrollmentService:
@@ -138,6 +170,7 @@ class EnrollmentService:
         self._certificate = server_certificate or ServerCertificate(authority, config.advertise, clock)
         self._limits = limits or Limits()
         self._failures = _Buckets(self._limits.failure_rate, self._limits.failure_burst, self._limits.most_addresses)
+        self._said = _Buckets(_LINES_RATE, _LINES_BURST, self._limits.most_addresses)
         self._servers: list[grpc.Server] = []
         self.enrollment_address = self.members_address = ""
         self.fleet_address = config.address(config.fleet_port)
@@ -179,13 +212,15 @@ class EnrollmentService:
     def _serve(self, service: str, port: int, longest: int, client_auth: bool, calls: dict[str, Any]) -> int:
         peers = _Buckets(self._limits.rate, self._limits.burst, self._limits.most_addresses)
         overall = _Buckets(self._limits.overall_rate, self._limits.overall_burst, 1)
+        arrivals = _Arrivals(self._limits.most_arriving)
+        # As a stream of one message, because a handler of single messages waits for its message without an end.
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            name: grpc.unary_unary_rpc_method_handler(self._handler(schema, handle, peers, overall))
+            name: grpc.stream_unary_rpc_method_handler(self._handler(schema, handle, peers, overall, arrivals))
             for name, (schema, handle) in calls.items()
         }
         server = grpc.server(
-            ThreadPoolExecutor(max_workers=8, thread_name_prefix=service),
-            maximum_concurrent_rpcs=64,
+            ThreadPoolExecutor(max_workers=64, thread_name_prefix=service),
+            maximum_concurrent_rpcs=256,
             options=[
                 ("grpc.max_receive_message_length", longest),
                 ("grpc.max_send_message_length", talk.MAX_REPLY_BYTES),
@@ -193,6 +228,7 @@ class EnrollmentService:
                 ("grpc.max_concurrent_streams", 8),
                 ("grpc.server_handshake_timeout_ms", 10_000),
                 ("grpc.max_connection_idle_ms", 300_000),
+                ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
                 # Without this a second coordinator would share the port and answer every other call.
                 ("grpc.so_reuseport", 0),
             ],
@@ -225,18 +261,26 @@ class EnrollmentService:
         handle: Callable[[Any, grpc.ServicerContext], BaseModel],
         peers: _Buckets,
         overall: _Buckets,
-    ) -> Callable[[bytes, grpc.ServicerContext], bytes]:
-        def call(data: bytes, context: grpc.ServicerContext) -> bytes:
+        arrivals: _Arrivals,
+    ) -> Callable[[Iterator[bytes], grpc.ServicerContext], bytes]:
+        def call(requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+            peer = _peer(context)
             try:
-                if not peers.take(_peer(context)) or not overall.take(""):
+                if not peers.take(peer) or not overall.take(""):
                     raise Refusal("rate-limited", "too many calls in a short time; wait a few seconds and try again")
+                with arrivals.one(peer):
+                    data = self._arrived(requests, context)
                 return talk.pack(handle(talk.unpack(schema, data), context))
+            except grpc.RpcError:
+                # Whoever called has hung up, or took too long.
+                raise
             except DataError as error:
                 # About our own file; its path is nobody else's business.
                 _LOGGER.error("the coordinator's state cannot be used: %s", error)
                 refusal = _internal()
             except Refusal as error:
-                _LOGGER.info("refused %s: %s: %s", _address(context), error.code, error)
+                if self._said.take(peer):
+                    _LOGGER.info("refused %s: %s: %s", _address(context), error.code, error)
                 refusal = error
             except Exception:
                 # The last line of defence: nothing of a failure in here may reach the other side.
@@ -245,6 +289,15 @@ class EnrollmentService:
             return self._abort(context, refusal)
 
         return call
+
+    def _arrived(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        late = threading.Timer(self._limits.slowest, context.cancel)
+        late.daemon = True
+        late.start()
+        try:
+            return next(requests, b"")
+        finally:
+            late.cancel()
 
     def _abort(self, context: grpc.ServicerContext, refusal: Refusal) -> NoReturn:
         status = _STATUS.get(refusal.code, grpc.StatusCode.FAILED_PRECONDITION)
@@ -347,6 +400,10 @@ class EnrollmentService:
         if request.recipient == site.name or request.recipient not in {s.name for s in self._store.approved_sites()}:
             raise Refusal("unknown-recipient", f"{request.recipient} is no other member; ask for the roster again")
         sealed = talk.decode_base64(request.sealed)
+        statement = talk.relay_statement(request.epoch, site.name, request.recipient, sealed)
+        # Else its recipient would find the coordinator at fault, and nobody else could share a key in this epoch.
+        if not PublicIdentity.from_hex(site.identity).verify(bytes.fromhex(request.signature), talk.RELAY, *statement):
+            raise Refusal("wrong-proof", "the sealed key is not signed with the site's identity; make it anew")
         self._store.put_relay(
             Relay(request.epoch, site.name, request.recipient, sealed, request.signature), self._now()
         )

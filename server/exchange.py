@@ -115,7 +115,9 @@ class Network:
         for site, content in contents.items():
             nonce = self.random_bytes(envelope.NONCE_LENGTH)
             asked = _Pending(envelope.address(content, nonce), nonce)
-            if self._push(site, asked, group, message_type):
+            # A member that has not connected yet is asked as soon as it does.
+            awaited = isinstance(self.grid, WatchedGrid) and self.grid.registered(self.nodes[site])
+            if self._push(site, asked, group, message_type) or awaited:
                 pending[site] = asked
                 traffic.sent(site, content)
             else:

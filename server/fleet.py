@@ -5,7 +5,8 @@ port shows nothing else of Flower, and shows it to members only:
 
 1. A peer without a certificate of the federation's authority gets no further than the TLS handshake.
 2. Only ``POST`` to a path of the Fleet API, written exactly so, reaches Flower; all else is "404 not found".
-3. A request has a limit, checked while it arrives.
+3. A request has a limit, checked while it arrives; a long one is read only if a registered node has signed its head,
+   and a node has a limit for all its requests at once. A site has a limited number of connections.
 4. Nodes are registered here (:meth:`FleetServer.register`), never over the network, and every request is signed with a
    registered node key; a node asks and answers for itself only.
 
@@ -21,15 +22,18 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
 import uvicorn
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from quorsum import bundles, flower
 from quorsum.errors import KeyMaterialError, UsageError
@@ -55,6 +59,14 @@ _GLANCE: Final = 0.02
 _LOOK: Final = 0.5
 # A request that makes no progress for so long is given up, in seconds.
 _SILENCE: Final = 60.0
+# What a peer has to show its certificate, in seconds.
+_HANDSHAKE: Final = 10.0
+# Connections of one site at most; a site has up to eight, and those of before a broken line.
+_CONNECTIONS: Final = 64
+# Bytes that are read before it is known that a member sends them.
+_UNSIGNED: Final = 128 * 1024
+# Requests of full length that one node may have on their way.
+_AT_ONCE: Final = 2
 # What stop() waits for requests in work, in seconds.
 _GRACE: Final = 0.6
 _START: Final = 10.0
@@ -256,7 +268,7 @@ class FleetServer:
         certificate, key, authority = self._files
         config = uvicorn.Config(
             self._gate,
-            http="h11",
+            http=_Connection,
             loop="asyncio",
             ws="none",
             lifespan="off",
@@ -303,7 +315,9 @@ class FleetServer:
 
     def _serve(self, server: uvicorn.Server) -> None:
         async def work() -> None:
-            self._loop = asyncio.get_running_loop()
+            self._loop = loop = asyncio.get_running_loop()
+            # The server leaves a peer a whole minute for this.
+            loop.create_server = partial(loop.create_server, ssl_handshake_timeout=_HANDSHAKE)  # type: ignore[method-assign]
             looking = asyncio.create_task(self._look())
             try:
                 await server.serve(sockets=[self._socket] if self._socket is not None else None)
@@ -330,6 +344,25 @@ def _unusable(certificate: Path, key: Path, error: Exception) -> KeyMaterialErro
     return KeyMaterialError("no-certificate", f"cannot use {certificate} with {key}: {reason}")
 
 
+class _Connection(H11Protocol):
+    """A connection that must be used, of a site that has a limited number of them."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.site, self.began = _site(transport), self.loop.time()
+        mates = [one for one in self.connections if isinstance(one, _Connection) and one.site == self.site]
+        if len(mates) > _CONNECTIONS:
+            # The oldest may be the remains of a broken line; and a site that takes too many harms itself only.
+            min(mates, key=lambda one: one.began).transport.abort()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+
+def _site(transport: asyncio.Transport) -> str:
+    certificate = transport.get_extra_info("peercert") or {}
+    names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    return str(names[0]) if names else ""
+
+
 class _Gate:
     """In front of Flower's application: which requests reach it."""
 
@@ -339,6 +372,8 @@ class _Gate:
         self._longest = longest
         self._patience = hold
         self._closing = False
+        # Bytes of requests that are on their way or in work, by node.
+        self._taken: Counter[int] = Counter()
         self._paths = {path.encode("ascii") for path in flower.FLEET_PATHS}
 
     def open(self) -> None:
@@ -357,12 +392,19 @@ class _Gate:
         if scope["method"] != "POST" or not exact:
             await _say(send, 404, b'{"detail":"Not Found"}')
             return
-        body = await self._body(scope, receive, send)
+        headers = dict(scope["headers"])
+        with self._share(headers) as share:
+            await self._answer(path.decode(), headers, share, scope, receive, send)
+
+    async def _answer(
+        self, path: str, headers: dict[bytes, bytes], share: _Share, scope: Any, receive: Any, send: Any
+    ) -> None:
+        body = await self._body(headers, share, receive, send)
         if body is None:
             return
         gone = asyncio.ensure_future(receive())
         try:
-            if path.decode() == flower.PULL_MESSAGES and not await self._hold(body, gone):
+            if path == flower.PULL_MESSAGES and not await self._hold(body, share, gone):
                 return
             replay = _Replay(body, gone)
             # The application drops it when it has parsed it.
@@ -371,9 +413,17 @@ class _Gate:
         finally:
             gone.cancel()
 
-    async def _body(self, scope: Any, receive: Any, send: Any) -> bytes | None:
+    @contextmanager
+    def _share(self, headers: dict[bytes, bytes]) -> Iterator[_Share]:
+        share = _Share(self._state, headers, self._taken)
+        try:
+            yield share
+        finally:
+            share.give_back()
+
+    async def _body(self, headers: dict[bytes, bytes], share: _Share, receive: Any, send: Any) -> bytes | None:
         """The whole request, or None where it has been answered or given up."""
-        stated = dict(scope["headers"]).get(b"content-length", b"")
+        stated = headers.get(b"content-length", b"")
         if stated and (not stated.isdigit() or len(stated) > 15 or int(stated) > self._longest):
             await self._too_long(send)
             return None
@@ -392,6 +442,12 @@ class _Gate:
             if length > self._longest:
                 await self._too_long(send)
                 return None
+            if length > _UNSIGNED and share.node is None:
+                await _say(send, 401, b'{"detail":"Invalid SuperNode authentication"}', close=True)
+                return None
+            if length > _UNSIGNED and not share.take(len(part), _AT_ONCE * self._longest):
+                await _say(send, 429, b'{"detail":"too many requests at once"}', close=True)
+                return None
             parts.append(part)
             if not event.get("more_body", False):
                 return b"".join(parts)
@@ -400,9 +456,10 @@ class _Gate:
         detail = f'{{"detail":"a request has at most {self._longest} bytes"}}'.encode()
         await _say(send, 413, detail, close=True)
 
-    async def _hold(self, body: bytes, gone: asyncio.Future[Any]) -> bool:
+    async def _hold(self, body: bytes, share: _Share, gone: asyncio.Future[Any]) -> bool:
         """Wait for a message for the node; False if the node has hung up, which must not cost it a message."""
-        node_id = flower.polling_node(body)
+        # When another node is told of a message is nobody's business, nor may strangers make this look for any.
+        node_id = share.node if share.node == flower.polling_node(body) else None
         deadline = time.monotonic() + self._patience
         while node_id is not None and not self._state.waiting(node_id):
             if gone.done():
@@ -411,6 +468,35 @@ class _Gate:
                 break
             await asyncio.sleep(_GLANCE)
         return not gone.done()
+
+
+class _Share:
+    """What one request takes of the memory that its node has for requests."""
+
+    def __init__(self, state: flower.FleetState, headers: dict[bytes, bytes], taken: Counter[int]) -> None:
+        self._state = state
+        self._headers = headers
+        self._taken = taken
+        self._mine = 0
+
+    @cached_property
+    def node(self) -> int | None:
+        """Who signed the request; None for a stranger."""
+        return flower.caller(self._state, self._headers)
+
+    def take(self, length: int, most: int) -> bool:
+        """Take room for more bytes; False where there is none left."""
+        if self.node is None or self._taken[self.node] + length > most:
+            return False
+        self._taken[self.node] += length
+        self._mine += length
+        return True
+
+    def give_back(self) -> None:
+        if self._mine and self.node is not None:
+            self._taken[self.node] -= self._mine
+            if not self._taken[self.node]:
+                del self._taken[self.node]
 
 
 class _Replay:

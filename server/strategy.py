@@ -34,7 +34,7 @@ from quorsum.crypto import SealedCoordinator
 from quorsum.crypto.randomness import stretched
 from quorsum.crypto.suite import MOST_ATTEMPTS, CoordinatorSuite, RandomBytes, Site
 from quorsum.errors import BoundError, RoundFailed, SiteFault, UsageError
-from quorsum.selection import select
+from quorsum.selection import one_attempt, select
 from quorsum.server.checkpoint import NoRun, RoundJournal, RunState
 from quorsum.server.deployment import Deployment, Member, RunStopped, deployment_of
 from quorsum.server.exchange import Network, Traffic
@@ -221,8 +221,8 @@ class QuorumStrategy:
             reference=self.reference,
             random_bytes=stretched(lambda count: open_round.seed(self.random_bytes)),
             # Sites that repeat the selection bind themselves to one set, which is what makes a second attempt safe;
-            # with a reference the set may be so small that those who are bound are not in it.
-            attempts=MOST_ATTEMPTS if roster.suite.selects and self.reference is None else 1,
+            # rules that may keep few sites may choose a set in which those who are bound are not.
+            attempts=MOST_ATTEMPTS if roster.suite.selects and not one_attempt(self.rule) else 1,
             on_phase=self._phase_of(network.grid),
         )
         remembering = RememberingNetwork(
