@@ -44,7 +44,7 @@ class Deployment(Protocol):
 
     @property
     def patience(self) -> float:
-        """Seconds to wait at the beginning of a round for members that are not connected, when enough others are."""
+        """Seconds to wait at the beginning of a round for sites of the last one, when enough others are there."""
 
     def members(self) -> Mapping[int, Member]:
         """Members in good standing by Flower's node id, connected or not."""
@@ -56,7 +56,7 @@ class Deployment(Protocol):
         """Where the next ``start`` of this run keeps what must survive; the same for the n-th call after a restart."""
 
     def waiting(self, sites: Sequence[Site]) -> None:
-        """Told for whom the run waits; nobody when it goes on."""
+        """Told for whom the run waits (sites, or how many are missing); nobody when it goes on."""
 
     def phase(self, number: int, phase: str) -> None:
         """Told what begins."""

@@ -50,7 +50,7 @@ _FAILURES: Final = frozenset(
 # Lines about refusals for each address: a flood of calls must not fill the disk.
 _LINES_RATE, _LINES_BURST = 1.0, 60.0
 # Connections to one port at most, so that the process keeps files for everything else.
-_CONNECTIONS: Final = 1000
+_CONNECTIONS: Final = 256
 _STATUS: Final = {
     "rate-limited": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "too-many-pending": grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -227,7 +227,7 @@ class EnrollmentService:
                 ("grpc.max_metadata_size", 8 << 10),
                 ("grpc.max_concurrent_streams", 8),
                 ("grpc.server_handshake_timeout_ms", 10_000),
-                ("grpc.max_connection_idle_ms", 300_000),
+                ("grpc.max_connection_idle_ms", 30_000),
                 ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
                 # Without this a second coordinator would share the port and answer every other call.
                 ("grpc.so_reuseport", 0),

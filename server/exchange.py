@@ -202,12 +202,13 @@ class Network:
         if isinstance(reply, SiteFault):
             return reply
         if nth > 0:
-            return SiteFault(site, "answered-twice", "answered the same message twice; only the first answer counts")
+            sentence = "answered the same message twice; only the first answer counts"
+            return SiteFault(site, "answered-twice", sentence, proven=False)
         if reply.has_error():
             # Flower puts the site's exception text here: it is the site's business and is not repeated.
             return SiteFault(site, "error", f"replied with Flower error {reply.error.code}", proven=False)
         if not isinstance(reply.content, RecordDict):
-            return SiteFault(site, "undecodable", "replied with something that is not a RecordDict")
+            return SiteFault(site, "undecodable", "replied with something that is not a RecordDict", proven=False)
         traffic.received(site, reply.content)
         if site not in self.identities:
             return envelope.strip(reply.content)

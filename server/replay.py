@@ -68,7 +68,7 @@ def _said(site: Site, reply: RecordDict | SiteFault) -> Said:
         message, blocks = messages.unpack(reply)
     except Refusal as refusal:
         # What is not a message is not kept, only what the round would say of it.
-        return Said(site, "", fault=SiteFault(site, refusal.code, refusal.message))
+        return Said(site, "", fault=SiteFault(site, refusal.code, refusal.message, proven=False))
     return Said(site, message.model_dump_json(), blocks)
 
 

@@ -327,9 +327,11 @@ def _collect(play: _Play, model: ArrayRecord, config: ConfigRecord) -> dict[Site
                 continue
             submission, blocks = expect(messages.Submission, site, reply)
             if submission.context != context.digest().hex():
-                raise SiteFault(site, "wrong-round", "sealed for another round than the one it was asked for")
+                sentence = "sealed for another round than the one it was asked for"
+                raise SiteFault(site, "wrong-round", sentence, proven=False)
             if submission.key_id != plan.keys[site][0]:
-                raise SiteFault(site, "wrong-key", "sealed with another key than it introduced itself with")
+                sentence = "sealed with another key than it introduced itself with"
+                raise SiteFault(site, "wrong-key", sentence, proven=False)
             uploads[site] = play.suite.accept(context, site, blocks)
             ledger.train_seconds[site] = submission.train_seconds
             ledger.seal_seconds[site] = submission.seal_seconds
@@ -349,16 +351,18 @@ def expect(kind: type[Any], site: Site, content: RecordDict) -> tuple[Any, Block
     """The reply as the message that is due.
 
     Raises:
-        SiteFault: it is another message, none at all, or the site's own refusal (which proves nothing).
+        SiteFault: it is another message, none at all, or the site's own refusal. Neither proves anything: where replies
+            are signed, it is for the nonce of an instruction, and who carries that may put another one beside it.
     """
     try:
         message, blocks = messages.unpack(content)
     except Refusal as refusal:
-        raise SiteFault(site, refusal.code, refusal.message) from None
+        raise SiteFault(site, refusal.code, refusal.message, proven=False) from None
     if isinstance(message, messages.Fault):
         raise SiteFault(site, f"says-{message.code}", f"says: {message.message}", proven=False)
     if not isinstance(message, kind):
-        raise SiteFault(site, "unexpected", f"sent a message of kind {message.kind!r} where another was due")
+        sentence = f"sent a message of kind {message.kind!r} where another was due"
+        raise SiteFault(site, "unexpected", sentence, proven=False)
     return message, blocks
 
 
@@ -382,7 +386,8 @@ def _asker(play: _Play) -> Callable[[Ask], Mapping[Site, Blocks]]:
                     # Whatever is in it: the site will have stored that it signed.
                     ledger.bound.add(site)
                 if (answer.context, answer.phase) != (header.context, header.phase):
-                    raise SiteFault(site, "wrong-round", f"answered another question than {question.phase!r}")
+                    sentence = f"answered another question than {question.phase!r}"
+                    raise SiteFault(site, "wrong-round", sentence, proven=False)
                 answers[site] = blocks
             except SiteFault as fault:
                 ledger.notes.append(str(fault))
@@ -421,7 +426,8 @@ def _select(play: _Play, uploads: Mapping[Site, Any]) -> _Selection:
             gram,
             plan.rule,
             tolerate,
-            norm_bound=norm_gate(context.unit, context.clip),
+            # Suites that select have kept a bound of their own, which knows of the noise that comes with masks.
+            norm_bound=None if suite.selects else norm_gate(context.unit, context.clip),
             norm_proves=context.clip,
             noise=suite.gram_noise(context),
             count_off=suite.selects,

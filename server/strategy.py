@@ -21,7 +21,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -171,7 +171,7 @@ class QuorumStrategy:
         run = self.random_bytes(16).hex() if state is None else state.run
         roster = self._roster(grid, run, timeout) if deployment is None else None
         if state is None:
-            present = roster or self._gathered(grid, deployment, run, timeout, self.min_available_nodes)
+            present = roster or self._gathered(grid, deployment, run, timeout, self.min_available_nodes, None)
             tolerate = self._tolerance(len(present.network.nodes))
             state = RunState(run, tolerate, 0, 0, first_unit(initial_arrays), self.sketches, initial_arrays)
             journal.commit(state)
@@ -331,7 +331,8 @@ class QuorumStrategy:
         begun = open_round.roster()
         if begun is None:
             need = self._least_sites(state.tolerate)
-            roster = self._gathered(grid, deployment, state.run, timeout, need)
+            last = state.records[-1].invited if state.records else None
+            roster = self._gathered(grid, deployment, state.run, timeout, need, last)
             open_round.begin(roster.keys)
             return roster
         members = deployment.members() if deployment is not None else {}
@@ -340,8 +341,18 @@ class QuorumStrategy:
         network = _member_network(grid, members, {site: nodes.get(site, NOBODY) for site in begun}, timeout)
         return self._adopted(network, begun, [])
 
-    def _gathered(self, grid: Grid, deployment: Deployment | None, run: str, timeout: float, need: int) -> _Roster:
-        """Members that are connected and have introduced themselves: all, or after a while enough.
+    def _gathered(
+        self,
+        grid: Grid,
+        deployment: Deployment | None,
+        run: str,
+        timeout: float,
+        need: int,
+        last: Collection[Site] | None,
+    ) -> _Roster:
+        """Members that are connected and have introduced themselves: all that are expected, or after a while enough.
+
+        Expected are the sites of the last round, at first all members: who has been away for a round is not waited for.
 
         Raises:
             RunStopped: the run is to end while it waits.
@@ -354,9 +365,10 @@ class QuorumStrategy:
                 raise RunStopped("the run was stopped while it waited for sites")
             members, online = deployment.members(), deployment.online()
             present = {member.site: node for node, member in members.items() if node in online}
+            expected = {member.site for member in members.values() if last is None or member.site in last}
             late = time.monotonic() > patience
             roster = None
-            if len(present) == len(members) or (late and len(present) >= need):
+            if len(present) >= need and (late or expected <= present.keys()):
                 network = _member_network(grid, members, present, timeout)
                 roster = self._introduced(replace(network, timeout=min(timeout, HELLO_TIMEOUT)), members, run)
                 said = [str(fault) for fault in roster.left_out]
@@ -364,12 +376,13 @@ class QuorumStrategy:
                     told = said
                     for fault in roster.left_out:
                         log.warning("left out: %s", fault)
-                enough = len(roster.network.nodes) >= need
-                if enough and (late or len(roster.network.nodes) == len(members)):
+                if len(roster.network.nodes) >= need and (late or expected <= roster.network.nodes.keys()):
                     deployment.waiting(())
                     return replace(roster, network=replace(roster.network, timeout=timeout))
             there = roster.network.nodes if roster is not None else present
-            deployment.waiting(sorted(member.site for member in members.values() if member.site not in there))
+            awaited = sorted(member.site for member in members.values() if member.site not in there)
+            short = need - len(members)
+            deployment.waiting([*awaited, f"{short} more to be enrolled"] if short > 0 else awaited)
             time.sleep(NODE_PAUSE)
 
     def _introduced(self, network: Network, members: Mapping[int, Member], run: str) -> _Roster:

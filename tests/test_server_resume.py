@@ -242,6 +242,28 @@ def test_a_site_with_another_key_than_it_enrolled_is_left_out(tmp_path: Path) ->
     grid, deployment = federation("sealed", tmp_path)
     deployment.identities[4] = Identity.generate(os.urandom)
     with grid:
-        roster = strategy("sealed")._gathered(grid, deployment, "run", 60, 4)
+        roster = strategy("sealed")._gathered(grid, deployment, "run", 60, 4, None)
     assert sorted(roster.network.nodes) == ["site-01", "site-02", "site-03", "site-04"]
     assert [(fault.site, fault.code) for fault in roster.left_out] == [("site-05", "wrong-signature")]
+
+
+def test_a_site_that_was_away_for_a_round_is_not_waited_for(tmp_path: Path) -> None:
+    grid, deployment = federation("plain", tmp_path)
+    deployment.away, deployment.patience = {6}, 3600.0
+    with grid:
+        roster = strategy("plain", 0)._gathered(grid, deployment, "run", 60, 4, ["site-01", "site-02"])
+    assert sorted(roster.network.nodes) == ["site-01", "site-02", "site-03", "site-04"]
+
+
+def test_a_federation_that_has_become_too_small_says_how_many_are_missing(tmp_path: Path) -> None:
+    grid, deployment = federation("plain", tmp_path)
+    deployment.revoked = {3, 4, 5}
+
+    def waiting(sites: Sequence[str]) -> None:
+        deployment.waited_for.append(tuple(sites))
+        deployment.stop = True
+
+    deployment.waiting = waiting  # type: ignore[method-assign]
+    with grid, pytest.raises(RunStopped):
+        strategy("plain")._gathered(grid, deployment, "run", 60, 5, None)
+    assert deployment.waited_for == [("3 more to be enrolled",)]
