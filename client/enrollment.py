@@ -127,6 +127,9 @@ class _Line:
             except Refusal as refusal:
                 return refusal
             return Refusal("unreachable", f"the coordinator does not answer at {self.address}; is it running?")
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            # Not by the coordinator's own word, so it is so busy that the call did not get that far.
+            return Refusal("rate-limited", f"the coordinator at {self.address} is too busy; trying again")
         return Refusal("call-failed", f"the coordinator at {self.address} gave no usable answer ({code.name})")
 
 

@@ -51,6 +51,8 @@ KEPT = "quorsum.kept"
 PATIENCE = 2.0
 """Seconds to wait for another process of this site to be done."""
 
+_RECORD_FILE, _UPLOAD_FILE, _KEPT_FILE = "ledger.json", "upload.bin", "kept.bin"
+
 # What a later attempt may change; of the roster, only that sites are left out.
 _MAY_CHANGE = {"attempt", "sites", "keys", "commitment"}
 
@@ -92,7 +94,8 @@ def take_round(ledger: Ledger, context: RoundContext) -> None:
     """Take part in a round; from here on no earlier round and no second context of this one is answered.
 
     The very same context may be taken again as long as nothing was sealed for it: the process that took it was killed
-    while it trained, and nothing has left the site.
+    while it trained, and nothing has left the site. That holds for a first attempt only: before a later one, something
+    has.
 
     Raises:
         CoordinatorFault: ``replayed-round``: this round of the run, or a later one, was taken before;
@@ -101,7 +104,8 @@ def take_round(ledger: Ledger, context: RoundContext) -> None:
     record = ledger.read() or {}
     seen: dict[str, int] = record.get("seen", {})
     last = seen.get(context.run, 0)
-    if record and not (record["submission"] or record["state"]) and _context(record).digest() == context.digest():
+    taken = bool(record) and not (record["submission"] or record["state"])
+    if taken and context.attempt == 1 and _context(record).digest() == context.digest():
         return
     if context.round <= last:
         raise CoordinatorFault(
@@ -307,9 +311,16 @@ class FolderLedger:
         except OSError as error:
             raise self._unusable(error) from None
         try:
+            self._tidy()
             yield
         finally:
             lock.release()
+
+    def _tidy(self) -> None:
+        """Drop what a process that was killed has left half written: it may hold an update in the clear."""
+        for name in (_RECORD_FILE, _UPLOAD_FILE, _KEPT_FILE):
+            for half in self._folder.glob(f"{name}.*.new"):
+                half.unlink(missing_ok=True)
 
     def read(self) -> dict[str, Any] | None:
         """The record, or None before the first one.
@@ -317,7 +328,7 @@ class FolderLedger:
         Raises:
             KeyMaterialError: there is a record that cannot be read. The site must not go on as if it had none.
         """
-        path = self._folder / "ledger.json"
+        path = self._folder / _RECORD_FILE
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if set(record) != {"seen", "context", "state", "submission"}:
@@ -334,7 +345,7 @@ class FolderLedger:
 
     def write(self, record: dict[str, Any]) -> None:
         """Replace the record in one step; it is on the disk when this returns."""
-        replace_file(self._folder / "ledger.json", [json.dumps(record).encode()])
+        replace_file(self._folder / _RECORD_FILE, [json.dumps(record).encode()])
 
     def read_upload(self) -> Blocks:
         """The upload kept last.
@@ -342,11 +353,11 @@ class FolderLedger:
         Raises:
             KeyMaterialError: it cannot be read.
         """
-        return self._blocks("upload.bin")
+        return self._blocks(_UPLOAD_FILE)
 
     def write_upload(self, blocks: Blocks) -> None:
         """Replace the upload in one step."""
-        self._put("upload.bin", blocks)
+        self._put(_UPLOAD_FILE, blocks)
 
     def read_kept(self) -> Blocks:
         """What a later attempt seals again; nothing before the first.
@@ -354,11 +365,11 @@ class FolderLedger:
         Raises:
             KeyMaterialError: it cannot be read.
         """
-        return self._blocks("kept.bin")
+        return self._blocks(_KEPT_FILE)
 
     def write_kept(self, blocks: Blocks) -> None:
         """Replace what a later attempt seals again, in one step; it is on the disk when this returns."""
-        self._put("kept.bin", blocks)
+        self._put(_KEPT_FILE, blocks)
 
     def _blocks(self, name: str) -> Blocks:
         path = self._folder / name

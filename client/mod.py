@@ -46,6 +46,9 @@ log = logging.getLogger("flwr.quorsum")
 
 EXAMPLES = "num-examples"
 
+# The phase in which a site binds itself to one set: it joins no other attempt at the round.
+BINDING = "ticket"
+
 # True while an app runs inside a sealing mod: one further in, which the app brought itself, lets everything through, so
 # that what seals is the outermost one.
 _around: ContextVar[bool] = ContextVar("quorsum_sealing", default=False)
@@ -250,6 +253,9 @@ class SealingMod:
         state, answer = suite.answer(round_context, state, request.phase, blocks, self.random_bytes, upload)
         # Saved before the answer leaves: what was answered must not be forgotten.
         ledger.remember(book, round_context, state)
+        if request.phase == BINDING:
+            # No other attempt follows, and what was kept for one is the update in the clear.
+            book.write_kept(())
         return messages.pack(messages.Answer(context=request.context, phase=request.phase), answer)
 
     def _ledger(self, context: Context) -> ledger.Ledger:

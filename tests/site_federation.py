@@ -39,26 +39,25 @@ def site(*arguments: str, text: str = "", timeout: float = 60) -> subprocess.Com
 
 def typed(*arguments: str, answers: list[tuple[str, str]], timeout: float = 60) -> tuple[int, str]:
     """A command on a terminal of 80 columns: what was asked and answered, and all that was shown."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(QUORSUM, [QUORSUM, "site", *arguments], ENV)  # noqa: S606
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [QUORSUM, "site", *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, start_new_session=True
+    )
+    os.close(theirs)
     shown, deadline = "", time.monotonic() + timeout
     pending = list(answers)
-    try:
-        while time.monotonic() < deadline:
-            try:
-                data = os.read(terminal, 4096)
-            except OSError:
-                break
-            if not data:
-                break
-            shown += data.decode()
-            if pending and pending[0][0] in shown:
-                os.write(terminal, pending.pop(0)[1].encode())
-    finally:
-        _, status = os.waitpid(pid, 0)
-        os.close(terminal)
-    return os.waitstatus_to_exitcode(status), shown
+    while time.monotonic() < deadline:
+        try:
+            data = os.read(terminal, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        shown += data.decode()
+        if pending and pending[0][0] in shown:
+            os.write(terminal, pending.pop(0)[1].encode())
+    os.close(terminal)
+    return process.wait(10), shown
 
 
 @dataclass
@@ -71,7 +70,7 @@ class Running:
     def said(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, words: str, seconds: float = 30) -> str:
+    def wait_for(self, words: str, seconds: float = 60) -> str:
         def there() -> str:
             text = self.said()
             if words in text:
@@ -117,7 +116,10 @@ class Federation:
 
     def approve(self, name: str) -> str:
         """Wait until a site is there, and approve it; its words."""
-        row = until(lambda: self.coordinator.store.site(name))
+        try:
+            row = until(lambda: self.coordinator.store.site(name), 60)
+        except TimeoutError:
+            raise AssertionError(f"{name} does not ask to join: {[one.said() for one in self.running]}") from None
         self.coordinator.approve(name)
         return str(row.words)
 
