@@ -4,7 +4,8 @@
     tls.key        of its TLS certificate                          tls.crt    the certificate, renewed all the time
     ca.crt         the federation's authority                      site.toml  configuration
     roster.json    the members, pinned                             suite.key, suite.json  the shared key, for ``ckks``
-    records/       what must not be forgotten within a round       apps/      apps that may run here
+    ledger.json, upload.bin, kept.bin                              what must not be forgotten within a round
+    apps/          apps that may run here, unpacked                allowed.json, status.json
 
 The folder has mode 0700, its files 0600. Keys are made here, never sent, and never overwritten.
 """
@@ -88,11 +89,6 @@ class SiteHome:
     def suite_epochs_file(self) -> Path:
         """In which epoch which shared key was used: a key has one epoch only."""
         return self.path / "suite.json"
-
-    @property
-    def records(self) -> Path:
-        """What must not be forgotten within a round."""
-        return self.path / "records"
 
     @property
     def apps(self) -> Path:

@@ -423,7 +423,7 @@ class _Detail(logging.Filter):
 
 def _next_step(state: str, config: SiteConfig, count: int) -> str:
     steps = {
-        fleet.CONNECTING: f"no coordinator at {config.fleet_address}; trying on. Its operator runs: "
+        fleet.CONNECTING: f"trying on at {config.fleet_address}; where nothing runs there, its operator runs: "
         "quorsum coordinator start",
         fleet.LEASED: "this site's former process still counts as connected, for up to 20 s",
         fleet.CERTIFICATE: "it is renewed by itself; if this stays, ask the coordinator's operator to run: "

@@ -104,7 +104,8 @@ def run(arguments: list[str]) -> int:
         return EXIT_USAGE
     except ModuleNotFoundError as error:
         _complain(
-            f"this command needs the package {error.name!r}; install what it takes: pip install 'quorsum[simulation]'"
+            f"this command needs the package {error.name!r}; install all that quorsum takes: "
+            "pip install --upgrade 'quorsum[simulation]'"
         )
         return EXIT_USAGE
     except QuorsumError as error:

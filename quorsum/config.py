@@ -56,7 +56,7 @@ class CoordinatorConfig(_Config):
         metrics_port: for Prometheus, on 127.0.0.1; none by default.
         invitation_hours: how long an invitation can be used.
         certificate_hours: how long a site's certificate lasts.
-        patience: seconds to wait at the beginning of a round for members that are not connected, when enough are.
+        patience: seconds to wait at the beginning of a round for sites of the last one, when enough others are there.
         log_format: ``text`` for people, ``json`` for machines.
     """
 

@@ -44,15 +44,13 @@ from quorsum.errors import DataError, KeyMaterialError, QuorsumError, Refusal, U
 from quorsum.invitation import Invitation, encode, secret_hash
 from quorsum.server import status as board
 from quorsum.server.authority import load_authority
-from quorsum.server.home import CoordinatorHome
+from quorsum.server.home import DEFAULT_HOME, HOME_VARIABLE, CoordinatorHome
 from quorsum.server.runner import last_state
 from quorsum.server.status import when
 from quorsum.server.store import RunRow, SiteRow, Store
 
 __all__ = ["coordinator", "run"]
 
-HOME_VARIABLE: Final = "QUORSUM_COORDINATOR_HOME"
-DEFAULT_HOME: Final = Path("quorsum-coordinator")
 
 _DONE, _NOT_DONE, _UNKNOWN = 0, 1, 2
 _GLANCE: Final = 0.3
@@ -118,13 +116,7 @@ class _Place:
 
     def command(self, *words: str) -> str:
         """A command as it must be typed to mean this folder."""
-        return _command(self.home.path, "coordinator", *words)
-
-
-def _command(home: Path, *words: str) -> str:
-    usual = Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
-    where = () if home == usual else ("--home", str(home))
-    return shlex.join(("quorsum", *words, *where))
+        return self.home.command("coordinator", *words)
 
 
 @contextmanager
@@ -201,7 +193,7 @@ def init(
     place = CoordinatorHome(home)
     place.create(config, datetime.now(UTC))
     _talk(f"made {home}; keep {home / 'ca.key'} secret and back it up, it vouches for every site")
-    _talk(f"settings are in {place.config_file}; next: {_command(home, 'coordinator', 'start')}")
+    _talk(f"settings are in {place.config_file}; next: {CoordinatorHome(home).command('coordinator', 'start')}")
 
 
 def _free_ports(host: str) -> tuple[int, int, int]:
@@ -402,7 +394,7 @@ def _approve(place: _Place, waiting: Mapping[str, SiteRow], chosen: Mapping[str,
             failed += 1
             _talk(f"{refusal}: {place.command('refuse', name)}")
     if failed < len(chosen):
-        _talk(f"next: {_command(place.home.path, 'run', 'APP')}")
+        _talk(f"next: {place.home.command('run', 'APP')}")
     return _NOT_DONE if failed else _DONE
 
 
@@ -473,15 +465,20 @@ def list_sites(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
             _print_json({"sites": sites, "invited": [{"site": one.site, "expires": one.expires} for one in open_]})
             return
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("site", "state", "online", "since", "certificate until", "words"):
+        for column in ("site", "state", "online", "since", "certificate until"):
             table.add_column(column)
         for row in rows:
             there = {True: "yes", False: "no", None: "-"}[online.get(row.name) if row.state == "approved" else None]
-            cells = (row.name, row.state, there, when(row.decided or row.enrolled), when(row.expires), row.words)
+            cells = (row.name, row.state, there, when(row.decided or row.enrolled), when(row.expires))
             table.add_row(*map(Text, cells))
         for one in open_:
-            table.add_row(*map(Text, (one.site, "invited", "-", when(one.created), "-", f"until {when(one.expires)}")))
+            until = f"(invitation until {when(one.expires)})"
+            table.add_row(*map(Text, (one.site, "invited", "-", when(one.created), until)))
         _console().print(table)
+        # Below the table: words that are to be compared must not be cut to a column.
+        for row in rows:
+            if row.state in ("pending", "approved"):
+                _console().print(Text(f"{row.name}: {row.words}"), soft_wrap=True)
         if any(row.state == "pending" for row in rows):
             _talk(f"compare the words of those that wait: {place.command('approve')}")
         if not rows and not open_:
@@ -592,7 +589,7 @@ def list_runs(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
             table.add_row(*map(Text, cells))
         _console().print(table)
         if not rows:
-            _talk(f"nothing has been asked for; next: {_command(home, 'run', 'APP')}")
+            _talk(f"nothing has been asked for; next: {CoordinatorHome(home).command('run', 'APP')}")
 
 
 def _run_json(row: RunRow, played: int) -> dict[str, Any]:

@@ -261,7 +261,7 @@ def serve(home: CoordinatorHome, *, quiet: bool = False, as_json: bool = False) 
     coordinator.start()
     for name, address in coordinator.listeners.items():
         logs.event(log, "listening", f"{name} at {address}", what=name, address=address)
-    logs.event(log, "started", "the coordinator runs; next: quorsum coordinator invite SITE ...")
+    logs.event(log, "started", f"the coordinator runs; next: {home.command('coordinator', 'invite', 'SITE')}")
     coordinator.supervise(ending)
     logs.event(log, "stopping", "the coordinator stops; a run goes on when it is started again")
     if not coordinator.stop():

@@ -11,17 +11,22 @@ The folder has mode 0700, its files 0600. The keys are made here, never sent, an
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Final
 
 from quorsum.config import CoordinatorConfig, load, write
 from quorsum.errors import KeyMaterialError, UsageError
 from quorsum.server.authority import create_authority
 from quorsum.server.store import Store
 
-__all__ = ["CoordinatorHome"]
+__all__ = ["DEFAULT_HOME", "HOME_VARIABLE", "CoordinatorHome"]
+
+HOME_VARIABLE: Final = "QUORSUM_COORDINATOR_HOME"
+DEFAULT_HOME: Final = Path("quorsum-coordinator")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,12 @@ class CoordinatorHome:
     """
 
     path: Path
+
+    def command(self, *words: str) -> str:
+        """A command of quorsum as it must be typed to mean this folder."""
+        usual = Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
+        where = () if self.path == usual else ("--home", str(self.path))
+        return shlex.join(("quorsum", *words, *where))
 
     @property
     def config_file(self) -> Path:

@@ -325,7 +325,7 @@ def view(store: Store, snapshot: Mapping[str, Any] | None, federation: str, now:
             for site in _newest(store.sites())
         ],
         "run": None if shown is None else _run_view(shown, records, said.get("run") if lives else None),
-        "queued": sum(run.state == "queued" for run in runs),
+        "queued": sum(run.state == "queued" and run is not shown for run in runs),
         "refusals": list(_refusals(records))[-_REFUSALS_SHOWN:],
         "counters": dict(said.get("counters", {})) if lives else {},
     }

@@ -9,7 +9,7 @@ What it does in ``start``:
    key material travels. Nodes with another suite, or with another key than most, are left out and named.
 2. play the rounds (``round.py``), evaluating after each.
 
-On a quorum coordinator (``deployment.py``) names and keys are those that were enrolled, the roster is taken before
+On a quorsum coordinator (``deployment.py``) names and keys are those that were enrolled, the roster is taken before
 every round, because sites come and go, a failed round is followed by another one instead of counting, and the run is
 kept on disk after every step: ``start`` goes on where it was.
 """
@@ -162,7 +162,7 @@ class QuorumStrategy:
 
         Raises:
             BoundError: too few sites for the rule and the number of malicious ones to tolerate.
-            RoundFailed: no usable site answered the roster call; or, on a quorum coordinator, round after round failed.
+            RoundFailed: no usable site answered the roster call; or, on a quorsum coordinator, too many rounds failed.
             RunStopped: the run was stopped; what it has finished is kept.
         """
         deployment = deployment_of(grid)
@@ -191,7 +191,9 @@ class QuorumStrategy:
             record = state.records[-1]
             result.arrays = state.model
             result.rounds.append(record)
-            self.on_round(record)
+            # A deployment says itself what it is told.
+            if deployment is None or self.on_round is not _log_round:
+                self.on_round(record)
             if deployment is not None:
                 deployment.round(record)
                 _not_for_ever(state)
@@ -317,7 +319,7 @@ class QuorumStrategy:
         nodes = {name: node for name, node in network.nodes.items() if name in introduced and name not in refused}
         return _Roster(replace(network, nodes=nodes), suite, {name: introduced[name] for name in nodes}, faults)
 
-    # --- on a quorum coordinator ---
+    # --- on a quorsum coordinator ---
 
     def _roster_of(
         self,
