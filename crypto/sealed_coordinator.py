@@ -34,6 +34,7 @@ from quorsum.crypto.sealed_geometry import (
     seed_of,
     settle_disputes,
     view_of,
+    witnesses_of,
 )
 from quorsum.crypto.sealed_parameters import SEALED_V1, smallest_roster
 from quorsum.crypto.sealed_site import (
@@ -380,7 +381,7 @@ class SealedRound:
                 continue
             views[site] = signature
             checks[site] = (CheckAnswer(values, frozenset(number[one] for one in named)), proof, blocks[1])
-        _need(len(views), bounds_of(context).quorum, "signed the view", faults)
+        _need(len(views), witnesses_of(context), "signed the view", faults)
         return views, checks
 
     def _read_points(
@@ -463,7 +464,7 @@ class SealedRound:
             try:
                 reply = read_head(blocks, 0)
                 selected, signature = read_names(reply, "selected", context.sites), read_hex(reply, "signature", 64)
-                if not self._public(site).verify(signature, *ticket_of(context, fixed.view, selected)):
+                if not self._public(site).verify(signature, *ticket_of(context, fixed.view, fixed.accepted, selected)):
                     raise Refusal("wrong-signature", "it is not signed by it")
                 # Signed, and still no proof: rules compute in float64, where machines may differ.
                 if selected != chosen:

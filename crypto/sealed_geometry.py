@@ -20,7 +20,7 @@ from quorsum.crypto.elimination import Elimination, eliminate
 from quorsum.crypto.exact_checks import exact_checks
 from quorsum.crypto.labels import tagged
 from quorsum.crypto.merkle import merkle_root
-from quorsum.crypto.sealed_parameters import SEALED_V1, SealedBounds, fixed_point_scale, norm_gate
+from quorsum.crypto.sealed_parameters import SEALED_V1, SealedBounds, fixed_point_scale, norm_gate, smallest_roster
 from quorsum.crypto.share_checks import CheckAnswer, judge_dealers
 from quorsum.crypto.sketch import SketchPlan, sketch_plan
 from quorsum.crypto.suite import RoundContext, Site
@@ -39,6 +39,7 @@ __all__ = [
     "seed_of",
     "settle_disputes",
     "view_of",
+    "witnesses_of",
 ]
 
 
@@ -103,6 +104,16 @@ def bounds_of(context: RoundContext) -> SealedBounds:
     if len(context.keys) != len(context.sites) or len(set(context.keys)) != len(context.keys):
         raise UsageError("a sealed round needs one distinct key for each site")
     return SealedBounds.of(len(context.sites), context.collude, context.tolerate)
+
+
+def witnesses_of(context: RoundContext) -> int:
+    """How many sites must sign the view before anybody gives points: Q, and in a later attempt a roster's worth.
+
+    A later attempt's roster may list sites that have signed a ticket and answer no more. They would count towards the
+    bounds, and so few others could open a second sum that the two differ in one or two updates.
+    """
+    bounds = bounds_of(context)
+    return max(bounds.quorum, smallest_roster(bounds.tau, bounds.f) if context.attempt > 1 else 0)
 
 
 def block_count(context: RoundContext) -> int:

@@ -48,6 +48,7 @@ from quorsum.crypto.sealed_geometry import (
     seed_of,
     settle_disputes,
     view_of,
+    witnesses_of,
 )
 from quorsum.crypto.sealed_parameters import SEALED_V1, SealedBounds, small_model
 from quorsum.crypto.sealed_wire import (
@@ -459,7 +460,8 @@ class SealedSite:
         head = read_head(question)
         own = self._name(context)
         answered = read_names(head, "answered", context.sites)
-        _certified(context, labels.VIEW_CERTIFICATE, read_signatures(head, "views", context.sites), digest, view)
+        views = read_signatures(head, "views", context.sites)
+        _certified(context, labels.VIEW_CERTIFICATE, views, digest, view, needed=witnesses_of(context))
         answers = read_check_answers(context, head, answered, dealers, question[1:], view)
         if own not in answers:
             raise CoordinatorFault("own-answer-missing", "this site's own check answer is not among those given")
@@ -493,14 +495,17 @@ class SealedSite:
         points = read_points(context, head, holders, accepted, question[1:], bytes.fromhex(state.facts["view"]))
         found = geometry(context, accepted, points, int(state.facts["left"]), random_bytes)
         chosen = choose(context, found, self.select)
-        signature = self.identity.sign(*ticket_of(context, bytes.fromhex(state.facts["view"]), chosen))
+        if list(chosen) != state.facts.get("selected", list(chosen)):
+            # Asked the very same again, on another machine or with another library: rules compute in float64.
+            raise CoordinatorFault("asked-twice", "this site has signed for a set and would now select another one")
+        signature = self.identity.sign(*ticket_of(context, bytes.fromhex(state.facts["view"]), accepted, chosen))
         answer = pack_message({"selected": list(chosen), "signature": signature.hex()})
         return state.with_facts(selected=list(chosen)), answer
 
     def _sum(
         self, context: RoundContext, state: SiteState, question: Blocks, random_bytes: RandomBytes, upload: Blocks
     ) -> tuple[SiteState, Blocks]:
-        """Verify Q tickets for the set this site found itself; return its share of the sum of the keys, once."""
+        """Verify Q tickets for the set and the dealers this site found itself; return its share of the sum, once."""
         if self._name(context) not in state.facts["holders"]:
             raise CoordinatorFault("not-a-holder", "this site has left the round as a holder after a dispute")
         head = read_head(question, 0)
@@ -508,7 +513,7 @@ class SealedSite:
         if list(chosen) != state.facts["selected"]:
             raise CoordinatorFault("wrong-set", "the set to be opened is not the one that this site signed for")
         view = bytes.fromhex(state.facts["view"])
-        label, *parts = ticket_of(context, view, chosen)
+        label, *parts = ticket_of(context, view, tuple(state.facts["accepted"]), chosen)
         _certified(context, label, read_signatures(head, "tickets", context.sites), *parts)
         dealers = state.facts["dealers"]
         # sum over S of s_i(k)
@@ -538,9 +543,15 @@ def choose(context: RoundContext, found: Geometry, select: Select) -> tuple[Site
     return tuple(site for site in found.sites if site in chosen)
 
 
-def ticket_of(context: RoundContext, view: bytes, chosen: tuple[Site, ...]) -> tuple[str, bytes, bytes, bytes]:
-    """Label and parts of what a ticket signs."""
-    return labels.TICKET, context.digest(), view, "\n".join(chosen).encode()
+def ticket_of(
+    context: RoundContext, view: bytes, accepted: tuple[Site, ...], chosen: tuple[Site, ...]
+) -> tuple[str, bytes, bytes, bytes, bytes]:
+    """Label and parts of what a ticket signs: the set, and the dealers among whom it was selected.
+
+    Without the latter, sites that were shown different check answers could sign for one set, each of them measured
+    where the others were not, and few of those who signed would be in the set.
+    """
+    return labels.TICKET, context.digest(), view, "\n".join(accepted).encode(), "\n".join(chosen).encode()
 
 
 def sum_statement(
@@ -667,13 +678,15 @@ def _read_commitments(context: RoundContext, head: Mapping[str, Any]) -> dict[Si
     return {site: read_hex(given, site, 32) for site in given}
 
 
-def _certified(context: RoundContext, label: str, signatures: Mapping[Site, bytes], *parts: bytes) -> None:
-    """Whether Q sites of the round signed this.
+def _certified(
+    context: RoundContext, label: str, signatures: Mapping[Site, bytes], *parts: bytes, needed: int = 0
+) -> None:
+    """Whether Q sites of the round, or as many as are needed if that is more, signed this.
 
     Raises:
         CoordinatorFault: fewer did.
     """
-    quorum = bounds_of(context).quorum
+    quorum = max(bounds_of(context).quorum, needed)
     valid = sum(_public(context, site).verify(signature, label, *parts) for site, signature in signatures.items())
     if valid < quorum:
         raise CoordinatorFault("no-certificate", f"{valid} sites signed this, and {quorum} are needed")

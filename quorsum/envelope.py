@@ -2,8 +2,11 @@
 
 Flower delivers a reply to whoever asked, and its word on who sent it is only a routing label: a node can answer in the
 name of another one. So every instruction carries a fresh nonce, and every reply of a site with an identity is signed
-over that nonce and the whole content. The nonce stands for the message, and with it for run, round and phase, which the
-content names besides: no reply can be used for another message, and none twice.
+over that nonce and the whole content. No reply can be used for another message, and none twice.
+
+The instruction itself is not signed and not part of what the reply signs. Whoever carries it could put another one
+beside its nonce; so what a site has signed here proves who has written it, and not that it was a wrong answer. What
+matters in a round names context and phase in its content, and in the suite ``sealed`` carries signatures of its own.
 
 ::
 

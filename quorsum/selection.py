@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from quorsum.aggregation import Rule, judge, norm_gate, parse_rule
+from quorsum.aggregation import Rule, judge, parse_rule
 from quorsum.crypto.suite import RoundContext, Site
 from quorsum.errors import CoordinatorFault, RoundFailed, UsageError
 
@@ -41,8 +41,8 @@ class Selection:
         try:
             rule = parse_rule(context.rule)
             reference = _row_of(context.reference, sites) if rule.needs_reference else None
-            bound = norm_gate(context.unit, context.clip)
-            verdict = judge(gram, rule, tolerate, norm_bound=bound, equal=True, reference=reference)
+            # No norm bound: the suite's own, which knows of the noise in the updates, has been kept already.
+            verdict = judge(gram, rule, tolerate, equal=True, reference=reference)
         except UsageError as error:
             raise RoundFailed(f"{error}") from error
         return frozenset(site for site, weight in zip(sites, verdict.weights, strict=True) if weight)

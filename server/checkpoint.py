@@ -18,6 +18,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -202,7 +203,9 @@ class FolderRun:
         np.savez(out, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **arrays)
         replace_file(self._folder / "state.npz", [out.getbuffer()])
         for folder in self._folder.glob("round-*"):
-            if int(folder.name.removeprefix("round-")) <= state.number:
+            # Before its first round a run has none open: what lies there is of another run whose state was lost, and
+            # the coordinator's nonce in it has been published.
+            if state.number == 0 or int(folder.name.removeprefix("round-")) <= state.number:
                 shutil.rmtree(folder)
 
     def round(self, number: int) -> RoundJournal:
@@ -240,7 +243,8 @@ class FolderRound:
         if not path.exists():
             return None
         names, keys = _read(path)
-        return {site: (key_id, key) for (site, key_id), key in zip(names, keys, strict=True)}
+        with _whole(path):
+            return {site: (key_id, key) for (site, key_id), key in zip(names, keys, strict=True)}
 
     def begin(self, roster: Mapping[Site, tuple[str, bytes]]) -> None:
         """Begin the round with these sites."""
@@ -266,8 +270,12 @@ class FolderExchange:
             Refusal: ``checkpoint-damaged``.
         """
         for place in range(self._count):
-            (site, header, fault), blocks = _read(self._path(place))
-            yield Said(site, header, blocks, None if fault is None else SiteFault(site, *fault))
+            path = self._path(place)
+            head, blocks = _read(path)
+            with _whole(path):
+                site, header, fault = head
+                said = Said(site, header, blocks, None if fault is None else SiteFault(site, *fault))
+            yield said
 
     def add(self, said: Said) -> None:
         """Keep a reply."""
@@ -302,13 +310,23 @@ def _write(path: Path, head: Any, blocks: Blocks) -> None:
     replace_file(path, [line, *blocks])
 
 
-def _read(path: Path) -> tuple[Any, Blocks]:
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Whatever in this file cannot be understood is damage.
+
+    Raises:
+        Refusal: ``checkpoint-damaged``.
+    """
     try:
-        with path.open("rb") as file:
-            head, lengths = json.loads(file.readline())
-            blocks = tuple(file.read(length) for length in lengths)
-            if [len(block) for block in blocks] != lengths or file.read(1):
-                raise ValueError
-            return head, blocks
+        yield
     except (OSError, ValueError, TypeError):
         raise Refusal("checkpoint-damaged", f"{path} cannot be read; restore it, or start a new run") from None
+
+
+def _read(path: Path) -> tuple[Any, Blocks]:
+    with _whole(path), path.open("rb") as file:
+        head, lengths = json.loads(file.readline())
+        blocks = tuple(file.read(length) for length in lengths)
+        if [len(block) for block in blocks] != lengths or file.read(1):
+            raise ValueError
+        return head, blocks

@@ -255,8 +255,9 @@ def test_tickets_of_another_view_do_not_count(finished: Federation) -> None:
         if phase != "sum":
             return blocks
         text = "\n".join(head(blocks)["selected"]).encode()
-        digest = round_.context.digest()
-        tickets = {s: identity(k).sign(labels.TICKET, digest, bytes(32), text).hex() for k, s in enumerate(SITES, 1)}
+        dealers = "\n".join(SITES).encode()
+        parts = (round_.context.digest(), bytes(32), dealers, text)
+        tickets = {s: identity(k).sign(labels.TICKET, *parts).hex() for k, s in enumerate(SITES, 1)}
         return edit(blocks, tickets=tickets)
 
     round_.turn = forged

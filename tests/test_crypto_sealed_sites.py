@@ -481,7 +481,7 @@ def test_ticket_for_another_set_does_not_count_and_proves_nothing(signed: bool, 
             return blocks
         facts = SiteState.from_bytes(federation.states[BAD]).facts
         less = tuple(facts["selected"][1:])
-        statement = ticket_of(federation.context, bytes.fromhex(facts["view"]), less)
+        statement = ticket_of(federation.context, bytes.fromhex(facts["view"]), tuple(facts["accepted"]), less)
         signer = identity(int(BAD[-2:]) if signed else 1)
         return pack_message({"selected": list(less), "signature": signer.sign(*statement).hex()})
 

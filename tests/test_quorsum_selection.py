@@ -54,8 +54,9 @@ def test_reference_without_a_row_ends_the_round_and_is_named() -> None:
         chosen(gram(1, 1, 1, 1, 1, 1), left, rule="fltrust", reference="site-02")
 
 
-def test_reference_longer_than_the_bound_ends_the_round() -> None:
-    matrix = gram(1, 4, 1, 1, 1, 1, 1)
+def test_reference_that_contradicts_the_others_ends_the_round() -> None:
+    matrix = gram(1, 1, 1, 1, 1, 1, 1)
+    matrix[1, 2:] = matrix[2:, 1] = 2.0
     assert chosen(matrix, rule="fltrust", reference="site-01") == set(SITES[2:])
     with pytest.raises(RoundFailed, match="trusted reference cannot be used"):
         chosen(matrix, rule="fltrust", reference="site-02")

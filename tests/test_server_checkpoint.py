@@ -128,7 +128,9 @@ def test_a_commit_forgets_the_rounds_that_are_over_and_keeps_the_open_one(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["exchange-000/reply-00000.bin", "roster.bin"])
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b"\xff" + b])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b"\xff" + b, lambda b: b"[7, []]\n", lambda b: b"7\n"]
+)
 def test_damage_in_an_open_round_is_refused(tmp_path: Path, name: str, damage: object) -> None:
     opened = FolderRun(tmp_path).round(1)
     opened.begin({"a": ("id", b"key")})

@@ -342,7 +342,7 @@ def statements(digest: bytes) -> dict[str, Any]:
         "sealed-view-certificate": (digest, view),
         "sealed-check-answer": (digest, view, b"site-02\nsite-04", values),
         "sealed-gram-points": (digest, view, dealers, values),
-        "sealed-ticket": (digest, view, chosen),
+        "sealed-ticket": (digest, view, dealers, chosen),
         "sealed-sum-share": (digest, view, chosen, values),
     }
     key = Ed25519PrivateKey.from_private_bytes(signing)
