@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import functools
 import hashlib
 import importlib
 import json
@@ -31,7 +32,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -177,6 +178,12 @@ def quiet() -> None:
 # --- the coordinator's state ----------------------------------------------------------------------------------------
 
 
+# A malicious member must not fill the coordinator's memory with a reply that no model asks for. The suite that needs
+# most, ckks, sends 17 bytes for each byte of a float32 model.
+_REPLY_ANYWAY: Final = 64 * 1024 * 1024
+_REPLY_PER_BYTE: Final = 20
+
+
 @dataclass
 class _Upload:
     """A reply on its way: its header, what has arrived of it and what has not."""
@@ -199,14 +206,16 @@ class FleetState(InMemoryLinkState):
 
     Args:
         lease: seconds for which a node counts as present after its last sign of life.
-        longest_reply: bytes of a reply at most, as it travels and as it is put together.
+        longest_reply: bytes of a reply at most, as it travels and as it is put together. Less is taken while no
+            instruction has been large: what a site has to say is in proportion to the model it was sent.
         monotonic: a clock.
     """
 
     def __init__(self, lease: float, longest_reply: int, monotonic: Callable[[], float] = time.monotonic) -> None:
         super().__init__(NoOpFederationManager(), InMemoryObjectStore())
         self.lease = lease
-        self.longest_reply = longest_reply
+        self._longest_reply = longest_reply
+        self._largest_instruction = 0
         self._monotonic = monotonic
         self._looked = monotonic()
         self._uploads: dict[str, _Upload] = {}
@@ -331,6 +340,11 @@ class FleetState(InMemoryLinkState):
 
     # instructions
 
+    @property
+    def longest_reply(self) -> int:
+        """Bytes of a reply at most, now."""
+        return min(self._longest_reply, _REPLY_ANYWAY + _REPLY_PER_BYTE * self._largest_instruction)
+
     def instruct(self, message: Message, run_id: int) -> str | None:
         """Keep an instruction for its node until that node pulls it; content that many share is kept once.
 
@@ -352,8 +366,12 @@ class FleetState(InMemoryLinkState):
             # Flower's store takes its lock once per object; a node that confirms meanwhile would delete shared ones.
             with store.lock_store:  # type: ignore[attr-defined]
                 missing = store.preregister(metadata.run_id, tree)
+            size = 0
             for object_id in missing:
-                store.put(object_id, objects[object_id].deflate())
+                content = objects[object_id].deflate()
+                size += len(content)
+                store.put(object_id, content)
+            self._largest_instruction = max(self._largest_instruction, size)
         metadata.__dict__["_message_id"] = root
         header = make_message(metadata=metadata, content=RecordDict())
         # Only now: a node that pulls the message finds all of it.
@@ -805,6 +823,26 @@ def _base64(data: bytes) -> str:
     return b64encode(data).decode("ascii")
 
 
+Result = TypeVar("Result")
+Params = ParamSpec("Params")
+
+
+def _readable(method: Callable[Params, Result]) -> Callable[Params, Result]:
+    """What a coordinator answers may be anything: what cannot be read is a broken connection, not the site's end."""
+
+    @functools.wraps(method)
+    def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        try:
+            return method(*args, **kwargs)
+        except (httpx.HTTPError, MessageGone, ReplyRefused, Refusal):
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+            raise httpx.RemoteProtocolError(f"the coordinator's answer cannot be read ({kind})") from error
+
+    return call
+
+
 class FleetClient:
     """The Fleet API, spoken by a site. Every method may raise ``httpx.HTTPError``.
 
@@ -853,20 +891,24 @@ class FleetClient:
         self._several.shutdown(cancel_futures=True)
         self._client.close()
 
+    @_readable
     def activate(self) -> int:
         """Begin a lease; returns the node id, which is new with every process of the coordinator."""
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=_NAMED_INTERVAL)
         return int(self._client.ActivateNode(request).node_id)
 
+    @_readable
     def deactivate(self, node_id: int) -> None:
         """End the lease."""
         self._client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
 
+    @_readable
     def beat(self, node_id: int) -> bool:
         """Renew the lease; False if the coordinator does not know the node."""
         request = SendNodeHeartbeatRequest(node=Node(node_id=node_id), heartbeat_interval=_NAMED_INTERVAL)
         return bool(self._client.SendNodeHeartbeat(request).success)
 
+    @_readable
     def poll(self, node_id: int) -> Instruction | None:
         """The next message for this node, if there is one. The coordinator answers when there is, or after a while."""
         response = self._client.PullMessages(PullMessagesRequest(node=Node(node_id=node_id)))
@@ -874,6 +916,7 @@ class FleetClient:
             return None
         return Instruction(message_from_proto(response.messages_list[0]), response.message_object_trees[0])
 
+    @_readable
     def fetch(self, node_id: int, instruction: Instruction) -> Message:
         """The whole message; the coordinator may forget its content afterwards.
 
@@ -906,6 +949,7 @@ class FleetClient:
         metadata.__dict__["_message_id"] = root
         return make_message(metadata=metadata, content=message.content)
 
+    @_readable
     def push(self, node_id: int, asked: Message, reply: Message) -> None:
         """Send the reply to a message.
 
@@ -947,10 +991,12 @@ class FleetClient:
                 if not all(response.stored for response in self._several.map(self._client.PushObject, requests)):
                     raise ReplyRefused
 
+    @_readable
     def run(self, node_id: int, run_id: int) -> Run:
         """What the coordinator says about a run."""
         return run_from_proto(self._client.GetRun(GetRunRequest(node=Node(node_id=node_id), run_id=run_id)).run)
 
+    @_readable
     def bundle(self, node_id: int, run: Run) -> bytes:
         """The bundle of a run, as the coordinator sends it; nothing about it has been checked."""
         request = GetFabRequest(node=Node(node_id=node_id), hash_str=run.fab_hash, run_id=run.run_id)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -236,6 +237,13 @@ def _counting(board: Board) -> Iterator[None]:
             logger.removeHandler(counter)
 
 
+def _all_descriptors() -> None:
+    """Take as many open files as the system grants: each site keeps connections, and so may whoever only knocks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def serve(home: CoordinatorHome, *, quiet: bool = False, as_json: bool = False) -> None:
     """Run the process until SIGTERM or SIGINT. It must be called in the main thread.
 
@@ -250,6 +258,7 @@ def serve(home: CoordinatorHome, *, quiet: bool = False, as_json: bool = False) 
     style = "json" if as_json else home.config().log_format
     flower.quiet()
     logs.configure(style, sys.stderr, quiet=quiet)
+    _all_descriptors()
     coordinator = Coordinator(home)
     ending = threading.Event()
 

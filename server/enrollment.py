@@ -245,15 +245,25 @@ class EnrollmentService:
             ) from None
 
     def _credentials(self, client_auth: bool) -> grpc.ServerCredentials:
-        authority = self._authority.certificate
+        authority = self._authority.certificate if client_auth else None
+        lock, shown = threading.Lock(), [self._certificate.current()]
 
-        def configuration() -> grpc.ServerCertificateConfiguration:
-            return grpc.ssl_server_certificate_configuration(
-                [self._certificate.current()], root_certificates=authority if client_auth else None
-            )
+        def configuration(pair: tuple[bytes, bytes]) -> grpc.ServerCertificateConfiguration:
+            return grpc.ssl_server_certificate_configuration([pair], root_certificates=authority)
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            # Only a new one: gRPC exchanges it without a lock, and many handshakes at once that each brought another
+            # would end the process.
+            with lock:
+                current = self._certificate.current()
+                if current == shown[0]:
+                    return None
+                shown[0] = current
+                return configuration(current)
 
         # Asked for at every handshake, so that a renewed certificate is taken without a restart.
-        return grpc.dynamic_ssl_server_credentials(configuration(), configuration, client_auth)
+        initial = configuration(shown[0])
+        return grpc.dynamic_ssl_server_credentials(initial, changed, client_auth)  # type: ignore[arg-type]
 
     def _handler(
         self,

@@ -543,6 +543,20 @@ def test_a_reply_has_a_limit(tmp_path: Path) -> None:
         assert site.states == ["connected"]
 
 
+def test_a_reply_may_be_long_only_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member must not fill the coordinator's memory in answer to a small question."""
+    monkeypatch.setattr("quorsum.flower._REPLY_ANYWAY", 1_000_000)
+    with running(tmp_path / "fleet") as fleet:
+        grid = fleet.server.grid(fleet.server.open_run(bundles.build(app_folder(tmp_path / "app")), {}))
+        site = fleet.add_site()
+        site.run_here(fleet.address, lambda message, bundle, run: Message(raw(bytes(2_000_000)), reply_to=message))
+        until(lambda: fleet.online() == 1)
+        (refused,) = grid.send_and_receive([tell(fleet, site)], timeout=20)
+        (taken,) = grid.send_and_receive([tell(fleet, site, bytes(200_000))], timeout=20)
+    assert refused.has_error()
+    assert taken.has_content()
+
+
 # --- starting and stopping ---
 
 
