@@ -32,6 +32,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, ParamSpec, TypeVar
 
 import httpx
@@ -1115,5 +1116,7 @@ def _set_aside() -> None:
 
 
 def _is_from(module: object, place: str) -> bool:
-    origins = [getattr(module, "__file__", None), *list(getattr(module, "__path__", None) or [])]
+    # What is in the module itself: some answer to every name, torch.classes for one.
+    named = vars(module) if isinstance(module, ModuleType) else {}
+    origins = [named.get("__file__"), *(named.get("__path__") or ())]
     return any(isinstance(origin, str) and Path(place) in Path(origin).parents for origin in origins)

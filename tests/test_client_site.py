@@ -161,6 +161,7 @@ def test_a_damaged_status_is_none(tmp_path: Path) -> None:
 # --- processes ---
 
 
+@pytest.mark.slow
 def test_three_sites_train_sealed_as_the_commands_set_them_up(lab: Federation) -> None:
     names = ("a", "b", "c")
     for shard, name in enumerate(names):

@@ -7,6 +7,7 @@ import ssl
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import flwr
 import numpy as np
@@ -546,6 +547,19 @@ def test_two_apps_with_modules_of_one_name_do_not_meet(tmp_path: Path) -> None:
     assert again.late() == "late one"  # type: ignore[attr-defined]
     assert str(folders[1]) not in sys.path
     assert flower.load_component(folders[1], "same.client_app:app", ClientApp).late() == "late two"  # type: ignore[attr-defined]
+
+
+def test_modules_that_answer_to_every_name_are_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.classes is such a module, so that the second app of a process that trains would not load."""
+
+    class Obliging(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            return object()
+
+    monkeypatch.setitem(sys.modules, "obliging", Obliging("obliging"))
+    for word in ("one", "two"):
+        folder = app_folder(tmp_path / word, package="same")
+        assert isinstance(flower.load_component(folder, "same.client_app:app", ClientApp), ClientApp)
 
 
 def test_what_is_no_app_is_refused(tmp_path: Path) -> None:
