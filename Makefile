@@ -47,6 +47,10 @@ check: lint types test
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/suites.py
+	$(BIN)/python benchmarks/exact_gram.py
+	$(BIN)/python benchmarks/agreement.py
+	$(BIN)/python benchmarks/federation.py
+	$(BIN)/python benchmarks/hiding.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out $(addprefix quorsum/,$(LINKS))

@@ -1,6 +1,6 @@
 """How far a sealed run ends from the plain run with the same seed and selection: digits, ten sites, two poisoned.
 
-    python benchmarks/agreement.py --seeds 1 2 3 4 5 --rule spectral --rounds 20
+python benchmarks/agreement.py --seeds 1 2 3 4 5 --rule spectral --rounds 20
 """
 
 from __future__ import annotations

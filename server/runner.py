@@ -54,8 +54,10 @@ AGAIN: Final = 3.0
 RunEnd: TypeAlias = Literal["finished", "failed", "stopped"]
 
 _LOOK: Final = 0.2
-# What passes when somebody makes room, or by itself.
-_PASSING: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EROFS})
+# What passes when somebody makes room or raises a limit, or by itself.
+_PASSING: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EROFS}
+)
 _PASSING_CODES: Final = frozenset({"state-unusable"})
 
 

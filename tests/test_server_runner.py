@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -158,9 +159,10 @@ def test_what_is_no_app_fails_the_run(machine: Machine) -> None:
     assert machine.ended(wrong) == ("failed", "tiny.server_app:app is not a ServerApp")
 
 
-def test_a_full_disk_is_waited_for(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_is_waited_for(machine: Machine, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr("quorsum.server.runner.AGAIN", 0.1)
-    number = machine.queue("if not (marks / 'room').exists(): raise OSError(28, 'No space left on device')")
+    number = machine.queue(f"if not (marks / 'room').exists(): raise OSError({code}, 'no room')")
     machine.runner.start()
     until(lambda: len(machine.calls()) >= 3)
     assert machine.state(number)[0] == "running"
