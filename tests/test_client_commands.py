@@ -283,6 +283,7 @@ def test_leaving_is_confirmed_and_final(lab: Federation) -> None:
     assert site("leave", "--home", home, "--confirm", plan.stderr.split()[-1]).returncode == 1
 
 
+@pytest.mark.slow
 def test_a_shared_key_is_made_looked_at_and_fetched(tmp_path: Path) -> None:
     with federation(tmp_path) as lab:
         one, two = lab.member("one"), lab.member("two")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from quorsum import __version__
+from quorsum.cli import run
 from quorsum.crypto import CkksSiteKey
 
 QUORSUM = Path(sys.executable).parent / "quorsum"
@@ -81,13 +82,21 @@ def test_simulate_on_a_csv_of_ones_own(tmp_path: Path) -> None:
         (["keygen"], "--out"),
     ],
 )
-def test_wrong_usage_is_refused_with_status_64_and_one_line(arguments: list[str], says: str) -> None:
-    done = quorsum(*arguments)
-    assert done.returncode == 64
-    assert done.stdout == ""
+def test_wrong_usage_is_refused_with_status_64_and_one_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 64
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("quorsum: ")
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_status_of_wrong_usage_is_that_of_the_process() -> None:
+    done = quorsum("simulate", "--colour", "red")
+    assert (done.returncode, done.stdout) == (64, "")
     assert done.stderr.startswith("quorsum: ")
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_keygen_writes_a_key_that_only_its_owner_reads(tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ from quorsum.client.home import SiteHome
 from quorsum.crypto import certificates
 from quorsum.invitation import decode, encode, split_address
 
+# A minute and more; every refusal has a quicker test of its own, beside the part that refuses.
+pytestmark = pytest.mark.slow
+
 SITES = ("a", "b", "c", "d")
 PORTS = ("enrollment", "members", "fleet")
 

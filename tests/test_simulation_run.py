@@ -13,7 +13,14 @@ from quorsum.errors import BoundError, UsageError
 from quorsum.simulation.run import Simulation, build_world, simulate
 
 BASE = Simulation(rounds=8, suite="ckks")
-LOUD = ("sign-flip", "scaling", "gaussian", "nan")
+
+
+def slow(*attacks: str) -> list[Any]:
+    """Attacks that are tried with ``-m slow`` only: they take the same way through the code as the others."""
+    return [pytest.param(attack, marks=pytest.mark.slow) for attack in attacks]
+
+
+SOME_LOUD = ("sign-flip", "nan", *slow("scaling", "gaussian"))
 
 
 @cache
@@ -29,7 +36,7 @@ def accepted(result: dict[str, Any]) -> list[list[str]]:
     return [one["accepted"] for one in result["rounds"]]
 
 
-@pytest.mark.parametrize("attack", LOUD)
+@pytest.mark.parametrize("attack", SOME_LOUD)
 def test_sealed_and_attacked_ends_like_clean_training(attack: str) -> None:
     result = outcome(attack=attack, suite="ckks")
     assert result["final"]["accuracy"] >= clean() - 0.02
@@ -37,7 +44,7 @@ def test_sealed_and_attacked_ends_like_clean_training(attack: str) -> None:
     assert all(one["failed"] is None for one in result["rounds"])
 
 
-@pytest.mark.parametrize("attack", ["alie:z=1.5", "ipm", "label-flip"])
+@pytest.mark.parametrize("attack", ["alie:z=1.5", *slow("ipm", "label-flip")])
 def test_quiet_attacks_do_not_hurt_either(attack: str) -> None:
     assert outcome(attack=attack, suite="ckks")["final"]["accuracy"] >= clean() - 0.02
 
@@ -47,7 +54,7 @@ def test_undefended_mean_collapses_under_sign_flip() -> None:
     assert result["final"]["accuracy"] < 0.5 < clean()
 
 
-@pytest.mark.parametrize("attack", LOUD)
+@pytest.mark.parametrize("attack", SOME_LOUD)
 def test_plain_and_ckks_choose_the_same_sites(attack: str) -> None:
     sealed, clear = outcome(attack=attack, suite="ckks"), outcome(attack=attack, suite="plain")
     if attack == "nan":
@@ -59,7 +66,7 @@ def test_plain_and_ckks_choose_the_same_sites(attack: str) -> None:
     assert abs(sealed["final"]["accuracy"] - clear["final"]["accuracy"]) <= 0.005
 
 
-@pytest.mark.parametrize("attack", LOUD)
+@pytest.mark.parametrize("attack", SOME_LOUD)
 def test_sealed_under_attack_ends_like_clean_training(attack: str) -> None:
     result = outcome(attack=attack, suite="sealed")
     assert result["final"]["accuracy"] >= clean() - 0.03
