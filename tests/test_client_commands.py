@@ -260,6 +260,7 @@ def test_status_fits_a_terminal(member: str) -> None:
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.slow
 def test_leaving_is_confirmed_and_final(lab: Federation) -> None:
     home = lab.member("leaver", str(EXAMPLE))
     running = lab.start("start", "--home", home)

@@ -206,6 +206,7 @@ def test_a_second_process_is_refused(lab: Federation) -> None:
     assert "is running already; see it with: quorsum site status" in second.stderr
 
 
+@pytest.mark.slow
 def test_the_list_of_apps_holds_at_once(lab: Federation, tmp_path: Path) -> None:
     app = app_folder(tmp_path / "app")
     home = lab.member("a")
@@ -341,6 +342,7 @@ class Here:
         assert not self._thread.is_alive()
 
 
+@pytest.mark.slow
 def test_the_certificate_is_renewed_and_the_connection_stays(tmp_path: Path) -> None:
     with federation(tmp_path, certificate_hours=12 / 3600) as lab:
         here = Here(lab.member("a"))

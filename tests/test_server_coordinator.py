@@ -93,6 +93,7 @@ def test_from_nothing_to_a_model_and_no_secret_in_the_log(federation: Federation
         assert secret not in federation.log()
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_round_costs_nothing_but_time(federation: Federation, app: Path) -> None:
     begin(federation, app)
     follower = federation.follow("run", app, "--run-config", "rounds=4")
@@ -110,6 +111,7 @@ def test_kill_9_in_a_round_costs_nothing_but_time(federation: Federation, app: P
     assert "goes on" in federation.log()
 
 
+@pytest.mark.slow
 def test_sigterm_in_a_round_leaves_it_to_the_next_process_which_the_operator_stops(
     federation: Federation, app: Path
 ) -> None:
