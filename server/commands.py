@@ -44,6 +44,7 @@ from quorsum.errors import DataError, KeyMaterialError, QuorsumError, Refusal, U
 from quorsum.invitation import Invitation, encode, secret_hash
 from quorsum.server import status as board
 from quorsum.server.authority import load_authority
+from quorsum.server.deployment import TOO_FEW
 from quorsum.server.home import DEFAULT_HOME, HOME_VARIABLE, CoordinatorHome
 from quorsum.server.runner import last_state
 from quorsum.server.status import when
@@ -770,15 +771,17 @@ def _what_it_waits_for(place: _Place, row: RunRow) -> str:
         return ""
     if seen["trouble"]:
         return str(seen["trouble"])
+    if not place.store.approved_sites():
+        return f"run {row.id} waits for members; next: {place.command('invite', 'SITE')}"
     left_out = seen["left_out"]
     if seen["waiting"]:
-        absent = [site for site in seen["waiting"] if site not in left_out]
+        short = [one for one in seen["waiting"] if one.endswith(TOO_FEW)]
+        absent = [site for site in seen["waiting"] if site not in left_out and site not in short]
         parts = [f"{site}: {left_out[site]}" for site in seen["waiting"] if site in left_out]
         if absent:
             parts.insert(0, f"{', '.join(absent)}; there: quorsum site start")
+        parts += [f"{one}; next: {place.command('invite', 'SITE')}" for one in short]
         return f"run {row.id} waits for {'; '.join(parts)}"
-    if not place.store.approved_sites():
-        return f"run {row.id} waits for members; next: {place.command('invite', 'SITE')}"
     return ""
 
 

@@ -19,7 +19,10 @@ from quorsum.errors import QuorsumError
 from quorsum.server.checkpoint import RunJournal
 from quorsum.server.records import RoundRecord
 
-__all__ = ["Deployment", "Member", "RunStopped", "deployment_of"]
+__all__ = ["TOO_FEW", "Deployment", "Member", "RunStopped", "deployment_of"]
+
+TOO_FEW = "more to be enrolled"
+"""How the last of those for whom a run waits ends where there are too few members."""
 
 
 class RunStopped(QuorsumError):

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from quorsum.durable import replace_file
 from quorsum.errors import SiteFault
+from quorsum.server.deployment import TOO_FEW
 from quorsum.server.records import RoundRecord
 from quorsum.server.store import RoundRow, RunRow, SiteRow, Store
 
@@ -421,7 +422,10 @@ def _run_lines(seen: Mapping[str, Any]) -> list[RenderableType]:
         number = f"round {run['round']}, " if run["round"] else ""
         lines.append(Text(f"  {number}{run['phase']} since {when(run['since'])}"))
     if run["waiting"]:
-        lines.append(Text(f"  waits for {', '.join(run['waiting'])}; there: quorsum site start", "yellow"))
+        step = (
+            "next: quorsum coordinator invite" if run["waiting"][-1].endswith(TOO_FEW) else "there: quorsum site start"
+        )
+        lines.append(Text(f"  waits for {', '.join(run['waiting'])}; {step}", "yellow"))
     lines += [Text(f"  {site}: {reason}", "yellow") for site, reason in run["left_out"].items()]
     if run["trouble"]:
         lines.append(Text(f"  {run['trouble']}", "bold red"))

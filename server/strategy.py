@@ -36,7 +36,7 @@ from quorsum.crypto.suite import MOST_ATTEMPTS, CoordinatorSuite, RandomBytes, S
 from quorsum.errors import BoundError, RoundFailed, SiteFault, UsageError
 from quorsum.selection import one_attempt, select
 from quorsum.server.checkpoint import NoRun, RoundJournal, RunState
-from quorsum.server.deployment import Deployment, Member, RunStopped, deployment_of
+from quorsum.server.deployment import TOO_FEW, Deployment, Member, RunStopped, deployment_of
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import QuorumResult, RoundRecord
 from quorsum.server.replay import RememberingNetwork
@@ -384,7 +384,7 @@ class QuorumStrategy:
             there = roster.network.nodes if roster is not None else present
             awaited = sorted(member.site for member in members.values() if member.site not in there)
             short = need - len(members)
-            deployment.waiting([*awaited, f"{short} more to be enrolled"] if short > 0 else awaited)
+            deployment.waiting([*awaited, f"{short} {TOO_FEW}"] if short > 0 else awaited)
             time.sleep(NODE_PAUSE)
 
     def _introduced(self, network: Network, members: Mapping[int, Member], run: str) -> _Roster:
