@@ -13,7 +13,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 help:
 	@echo "make demo       ten sites, two poisoned, five runs side by side: a table and a picture in demo-out/"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
-	@echo "make test-slow  the long ones: Ray, real SuperLink and SuperNodes"
+	@echo "make test-slow  the long ones: Ray, real SuperLink and SuperNodes, chaos, refusals, two federations"
 	@echo "make check      what CI runs: lint, types, vectors, tests"
 	@echo "make bench      the benchmarks behind docs/performance.md"
 
