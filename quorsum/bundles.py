@@ -61,7 +61,7 @@ def build(app_dir: Path) -> bytes:
         UsageError: the folder is no Flower app, holds names of installed packages, or is too large.
     """
     if not app_dir.is_dir():
-        raise UsageError(f"{app_dir} is not a folder")
+        raise UsageError(f"{app_dir} is not a folder; give the folder of the app, the one with its pyproject.toml")
     try:
         made = flower.build_fab(app_dir)
     except (ValueError, OSError) as error:

@@ -791,7 +791,7 @@ class Store:
         """
         rows = self._read(_RUN + "WHERE id = ?", number)
         if not rows:
-            raise UsageError(f"there is no run {number}")
+            raise UsageError(f"there is no run {number}; see: quorsum coordinator runs")
         return RunRow(*rows[0])
 
     def bundle(self, number: int) -> bytes:
@@ -802,7 +802,7 @@ class Store:
         """
         rows = self._read("SELECT bundle FROM runs WHERE id = ?", number)
         if not rows:
-            raise UsageError(f"there is no run {number}")
+            raise UsageError(f"there is no run {number}; see: quorsum coordinator runs")
         return bytes(rows[0][0])
 
     def next_run(self) -> RunRow | None:
@@ -823,7 +823,7 @@ class Store:
         with self._writing() as connection:
             row = connection.execute("SELECT state FROM runs WHERE id = ?", (number,)).fetchone()
             if row is None:
-                raise UsageError(f"there is no run {number}")
+                raise UsageError(f"there is no run {number}; see: quorsum coordinator runs")
             if state != row[0] and state not in _NEXT_STATES[row[0]]:
                 raise UsageError(f"run {number} is {row[0]} and cannot become {state}")
             ended = now if not _NEXT_STATES[state] else None
@@ -843,7 +843,7 @@ class Store:
         _check_object("record", record)
         with self._writing() as connection:
             if connection.execute("SELECT 1 FROM runs WHERE id = ?", (run,)).fetchone() is None:
-                raise UsageError(f"there is no run {run}")
+                raise UsageError(f"there is no run {run}; see: quorsum coordinator runs")
             old = connection.execute("SELECT record FROM rounds WHERE run = ? AND number = ?", (run, number)).fetchone()
             if old is not None and old[0] != record:
                 raise UsageError(f"round {number} of run {run} has been recorded, with another outcome")
