@@ -68,7 +68,8 @@ class Outcome:
         scores: float64, higher is worse, comparable within one outcome only. After a pre-aggregator a row carries
             the score of its mixed row (NNM, ARC, clipping) or of its bucket.
         keep: the rule as a plain selection, for suites that add up a set of updates with equal weights. Rules that
-            select keep what they selected, rules that weigh keep all but their f worst scores, the mean keeps all.
+            select keep what they selected; of those that weigh, the geometric median keeps all but its f worst scores,
+            centred clipping all; the mean keeps all.
             An extra reference row is never kept. With NNM the selection is that of the mixed rows: a kept row was
             judged by its neighbourhood.
     """
@@ -452,10 +453,9 @@ def _judge_geometric_median(gram: Gram, f: int, _reference: int | None, options:
 def _judge_centred_clipping(gram: Gram, f: int, reference: int | None, options: Options) -> _Verdict:
     weights = rules.centred_clipping(gram, f, reference=reference, **options)  # type: ignore[arg-type]
     sites = np.arange(len(gram)) != (-1 if reference is None else reference)
-    scores = distances_to(gram, (~sites).astype(np.float64))
-    # The extra row is at distance 0 from itself, yet it must not take the place of a site.
-    ranked = np.where(sites, scores, np.inf)
-    return _Verdict(weights, scores, lowest(ranked, int(sites.sum()) - f))
+    # Where updates are clipped to a common norm already, the mean of all of them is one step around zero: dropping
+    # anybody would take robustness away, not add it.
+    return _Verdict(weights, distances_to(gram, (~sites).astype(np.float64)), sites)
 
 
 def _judge_monna(gram: Gram, f: int, reference: int | None, _options: Options) -> _Verdict:

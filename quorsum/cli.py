@@ -35,6 +35,7 @@ EXIT_OK, EXIT_BAD, EXIT_UNKNOWN, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 64, 130
 ROOMS = {
     "coordinator": ("quorsum.server.commands", "coordinator", "Run the coordinator of a federation."),
     "run": ("quorsum.server.commands", "run", "Train an app with the sites of this coordinator's federation."),
+    "lab": ("quorsum.simulation.lab_commands", "app", "Try attacks against rules in a grid, and report what held."),
     "site": ("quorsum.client.commands", "app", "Be a site: enroll, start, decide which apps run here."),
 }
 
@@ -136,15 +137,17 @@ def _root(
 @app.command()
 def simulate(
     data: Annotated[
-        str, typer.Option(help="digits, breast-cancer, or the path of a MedMNIST .npz or a CSV file")
+        str,
+        typer.Option(help="digits, breast-cancer, or a path: .npz, .csv, .txt, a folder of MNIST or CIFAR-10 files"),
     ] = "digits",
     label: Annotated[str | None, typer.Option(help="label column of a CSV file")] = None,
+    key: Annotated[str | None, typer.Option(help="natural-key column of a CSV file, for --split key")] = None,
     sites: Annotated[int, typer.Option(help="number of sites")] = 10,
     poisoned: Annotated[int, typer.Option(help="how many of them are malicious")] = 2,
     attack: Annotated[
         str,
         typer.Option(
-            help="none, sign-flip, scaling, gaussian, label-flip, alie, ipm, nan; on the protocol: wrong-points, ..."
+            help="none, sign-flip, label-flip, opt-alie, min-max, backdoor, ...; on the protocol: wrong-points, ..."
         ),
     ] = "sign-flip",
     rule: Annotated[
@@ -161,15 +164,34 @@ def simulate(
     suite: Annotated[str, typer.Option(help="cipher suite: sealed, ckks or plain")] = "sealed",
     rounds: Annotated[int, typer.Option(help="rounds of training")] = 15,
     alpha: Annotated[str, typer.Option(help="Dirichlet concentration of the partition, or iid")] = "iid",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="how data are dealt: iid, dirichlet:0.3, similarity:0.33, label:1, key (default: by --alpha)"
+        ),
+    ] = None,
+    hoard: Annotated[
+        bool, typer.Option("--hoard/--no-hoard", help="whether malicious sites get a share of the data")
+    ] = True,
+    model: Annotated[str, typer.Option(help="auto, linear, mlp, cnn, transformer, transformer+lora")] = "auto",
     clip: Annotated[
         bool | None,
         typer.Option("--clip/--no-clip", help="clip updates to the last round's median norm (default: sealed only)"),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="local epochs per round (default: what suits the model)")] = None,
+    steps: Annotated[int | None, typer.Option(help="local steps per round, instead of epochs")] = None,
     batch_size: Annotated[int, typer.Option(help="rows per local step")] = 32,
     lr: Annotated[float | None, typer.Option(help="local learning rate (default: what suits the model)")] = None,
-    momentum: Annotated[float, typer.Option(help="local momentum")] = 0.9,
+    momentum: Annotated[float, typer.Option(help="local momentum, within a round")] = 0.9,
+    site_momentum: Annotated[float, typer.Option(help="momentum of what sites submit, over rounds")] = 0.0,
     hidden: Annotated[int, typer.Option(help="width of the model's hidden layer (tables and digits)")] = 32,
+    target: Annotated[int, typer.Option(help="class that backdoors aim at")] = 0,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="leave out for a while who is rejected far more often than by chance")
+    ] = False,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="check a new model before it is adopted, else roll back")
+    ] = False,
     seed: Annotated[int, typer.Option(help="decides data split, partition, who is poisoned, training")] = 1,
     runtime: Annotated[str, typer.Option(help="local (this process) or ray (Flower's simulation runtime)")] = "local",
     out: Annotated[Path | None, typer.Option(help="folder for result.json and rounds.png")] = None,
@@ -179,9 +201,11 @@ def simulate(
     from quorsum.simulation.run import Simulation
 
     settings = Simulation(
-        data=data, label=label, sites=sites, poisoned=poisoned, attack=attack, rule=rule, reference=reference,
-        tolerate=tolerate, suite=suite, rounds=rounds, alpha=_alpha(alpha), clip=clip, epochs=epochs,
-        batch_size=batch_size, lr=lr, momentum=momentum, hidden=hidden, seed=seed, runtime=runtime,
+        data=data, label=label, key=key, sites=sites, poisoned=poisoned, attack=attack, rule=rule,
+        reference=reference, tolerate=tolerate, suite=suite, rounds=rounds, alpha=_alpha(alpha), split=split,
+        hoard=hoard, clip=clip, model=model, epochs=epochs, steps=steps, batch_size=batch_size, lr=lr,
+        momentum=momentum, site_momentum=site_momentum, hidden=hidden, target=target, quarantine=quarantine,
+        gate=gate, seed=seed, runtime=runtime,
     )  # fmt: skip
     _writable(out)
     result = _simulate_with_progress(settings)
@@ -281,15 +305,16 @@ def _simulate_with_progress(settings: Simulation) -> Result:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from quorsum.crypto.sealed_parameters import SEALED_V1, small_model
-    from quorsum.simulation.federation import site_name
+    from quorsum.simulation.models import learnable
     from quorsum.simulation.run import build_world
     from quorsum.simulation.run import simulate as run_simulation
+    from quorsum.simulation.world import site_name
 
     # What is wrong with the settings or the data is said before any display begins.
     settings = settings.checked()
     world = build_world(settings)
     poisoned = {site_name(p) for p in world.poisoned}
-    dimension = sum(parameter.numel() for parameter in world.new_model().parameters())
+    dimension = sum(tensor.numel() for tensor in learnable(world.new_model()).values())
     if settings.suite == "sealed" and small_model(dimension) and not _SAID:
         _SAID.append(True)
         _complain(

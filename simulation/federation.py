@@ -9,102 +9,56 @@ function of (seed, round, site, model), so what they compute is exactly what the
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
-from quorsum import arrays
+from quorsum import arrays, messages
+from quorsum.aggregation.gram import gram_matrix
 from quorsum.client import seal
 from quorsum.crypto.ckks_parameters import MAX_NORM
 from quorsum.crypto.suite import Blocks, RandomBytes, RoundContext, SiteSuite, Vector
 from quorsum.simulation.attacks import Attack, AttackView
-from quorsum.simulation.data import Dataset
-from quorsum.simulation.models import build_model, train_locally
+from quorsum.simulation.defence import Defence, clipped
+from quorsum.simulation.learning import Learner
 from quorsum.simulation.protocol_attacks import PROTOCOL_ATTACKS, WrappedSite
+from quorsum.simulation.world import World
 
-__all__ = ["Training", "World", "client_app", "site_name"]
+__all__ = ["client_app"]
 
-
-def site_name(partition: int) -> str:
-    """Name of the site with this partition, from ``site-01``; the same that the sealing mod gives it."""
-    return f"site-{partition + 1:02d}"
-
-
-@dataclass(frozen=True)
-class Training:
-    """How every site trains: plain SGD with momentum; None takes what suits the model (see ``train_locally``)."""
-
-    epochs: int | None = None
-    batch_size: int = 32
-    lr: float | None = None
-    momentum: float = 0.9
+# Rounds whose opened Gram matrix an attacker remembers.
+MEMORY = 8
 
 
-@dataclass(frozen=True)
-class World:
-    """Everything that a simulated federation is made of.
+def client_app(
+    world: World, make_suite: Callable[[int], SiteSuite], random_bytes: RandomBytes, defence: Defence
+) -> ClientApp:
+    """The ClientApp that every node of a simulated federation runs; who is who follows from the partition.
 
-    Attributes:
-        data: the whole data set.
-        parts: row numbers of each site's training data.
-        poisoned: partitions of the malicious sites.
-        attack: what these do.
-        training: how sites train.
-        seed: decides everything that is random in training and attacks.
-        hidden: width of the hidden layer, for models that have one.
+    Args:
+        world: the federation.
+        make_suite: each partition's end of the cipher suite.
+        random_bytes: the sites' source of randomness.
+        defence: what attackers that know the rule try their updates out on.
     """
-
-    data: Dataset
-    parts: tuple[NDArray[np.int64], ...]
-    poisoned: frozenset[int]
-    attack: Attack
-    training: Training = field(default_factory=Training)
-    seed: int = 0
-    hidden: int = 32
-
-    def rows(self, partition: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """What a site trains on; an attacker on data has poisoned its labels."""
-        part = self.parts[partition]
-        labels = self.data.train_y[part]
-        if partition in self.poisoned and self.attack.on_data:
-            labels = self.attack.poison_labels(labels, self.data.classes)
-        return self.data.train_x[part], labels
-
-    def new_model(self) -> torch.nn.Module:
-        """The model, with the initial weights of this seed."""
-        return build_model(self.data.shape, self.data.classes, seed=self.seed, hidden=self.hidden)
-
-    def trained(self, partition: int, number: int, model: ArrayRecord) -> ArrayRecord:
-        """The model after a site's local training in a round: a pure function of its arguments and the seed."""
-        network = self.new_model()
-        network.load_state_dict(model.to_torch_state_dict())
-        x, y = self.rows(partition)
-        stream = np.random.SeedSequence([self.seed, number, partition]).generate_state(1, np.uint64)
-        t = self.training
-        train_locally(
-            network, x, y, seed=int(stream[0] >> 1), epochs=t.epochs, batch_size=t.batch_size, lr=t.lr,
-            momentum=t.momentum,
-        )  # fmt: skip
-        return ArrayRecord(network.state_dict())
-
-
-def client_app(world: World, make_suite: Callable[[int], SiteSuite], random_bytes: RandomBytes) -> ClientApp:
-    """The ClientApp that every node of a simulated federation runs; who is who follows from the partition."""
+    learner = Learner(world)
     honest = seal(lambda node: make_suite(_partition(node)), random_bytes=random_bytes)
     malicious = seal(lambda node: _malicious(world.attack, make_suite(_partition(node))), random_bytes=random_bytes)
-    attacker = Attacker(world)
+    attacker = Attacker(learner, defence)
 
     def outer(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        mod = malicious if _partition(context) in world.poisoned else honest
-        return mod(message, context, call_next)
+        if _partition(context) not in world.poisoned:
+            return honest(message, context, call_next)
+        attacker.overhear(message)
+        return malicious(message, context, call_next)
 
     app = ClientApp(mods=[outer, attacker])
 
@@ -112,7 +66,7 @@ def client_app(world: World, make_suite: Callable[[int], SiteSuite], random_byte
     def train(message: Message, context: Context) -> Message:
         partition = _partition(context)
         model, number = _task(message)
-        trained = world.trained(partition, number, model)
+        trained = arrays.apply_update(model, learner.update(partition, number, model))
         metrics = MetricRecord({"num-examples": len(world.parts[partition])})
         return Message(RecordDict({"arrays": trained, "metrics": metrics}), reply_to=message)
 
@@ -126,55 +80,105 @@ def _malicious(attack: Attack, suite: SiteSuite) -> SiteSuite:
     return AttackerSuite(suite, nan=attack.name == "nan")
 
 
+@dataclass
+class _Round:
+    """What attackers know of a round; ``sent`` grows as they send.
+
+    Attributes:
+        number: the round.
+        model: the model that it began with.
+        honest: the honest updates, shape (h, d); empty where the attack has no use for them.
+        last: how the model moved since the round before, or None in the first one.
+        sent: what each malicious site submits.
+        agreed: what all of them send, if that is the same; it may take a search, so it is worked out once.
+    """
+
+    number: int
+    model: ArrayRecord
+    honest: NDArray[np.float32]
+    last: NDArray[np.float32] | None
+    sent: dict[int, NDArray[np.floating]] = field(default_factory=dict)
+    agreed: NDArray[np.floating] | None = None
+
+
 class Attacker:
     """A Flower mod that replaces what a poisoned site has learnt by what its attack sends."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._known: OrderedDict[int, NDArray[np.float32]] = OrderedDict()
+    def __init__(self, learner: Learner, defence: Defence) -> None:
+        self.learner = learner
+        self.defence = defence
+        self._round: _Round | None = None
+        self._past: tuple[NDArray[np.float64], ...] = ()
+        self._units: dict[int, float] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"world": self.world}
+        return {"learner": self.learner, "defence": self.defence}
 
-    def __setstate__(self, state: dict[str, World]) -> None:
-        self.__init__(state["world"])  # type: ignore[misc]
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(state["learner"], state["defence"])  # type: ignore[misc, arg-type]
+
+    def overhear(self, message: Message) -> None:
+        """Take from the instruction to train the norm that sites clip to."""
+        if message.has_content() and messages.has_header(message.content):
+            header, _ = messages.unpack(message.content)
+            if isinstance(header, messages.Train) and header.context.clip:
+                self._units[header.context.round] = header.context.unit
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Let the app train, then poison the difference."""
         reply = call_next(message, context)
-        partition, attack = _partition(context), self.world.attack
-        if (
-            partition not in self.world.poisoned
-            or attack.name in ("none", "nan")
-            or attack.on_data
-            or attack.on_protocol
-        ):
+        partition, world = _partition(context), self.learner.world
+        attack = world.attack
+        if partition not in world.poisoned or not attack.on_update or attack.name == "nan" or attack.on_protocol:
             return reply
         model, number = _task(message)
+        now = self._knowledge(number, model)
+        unit = self._units.get(number, math.inf)
         view = AttackView(
             own=arrays.difference(reply.content.array_records["arrays"], model),
-            honest=self._honest_updates(number, model) if attack.needs_honest else None,
-            sites=len(self.world.parts),
-            malicious=len(self.world.poisoned),
-            rng=np.random.default_rng([self.world.seed, number, partition, 1]),
+            honest=now.honest if attack.needs_honest else None,
+            sites=len(world.parts),
+            malicious=len(world.poisoned),
+            rng=np.random.default_rng([world.seed, number, partition, 1]),
+            round=number,
+            position=world.position(partition),
+            unit=unit,
+            defence=partial(self.defence, unit=unit),
+            last=now.last,
+            past=self._past,
         )
-        poisoned = arrays.apply_update(model, attack.poison_update(view).astype(np.float64))
-        reply.content["arrays"] = poisoned
+        sent = self._agreed(now, view) if attack.same_for_all else attack.poison_update(view)
+        now.sent[partition] = sent
+        reply.content["arrays"] = arrays.apply_update(model, sent.astype(np.float64))
         return reply
 
-    def _honest_updates(self, number: int, model: ArrayRecord) -> NDArray[np.float32]:
-        """Updates of all honest sites in this round, shape (h, d); worked out once for all attackers."""
+    def _knowledge(self, number: int, model: ArrayRecord) -> _Round:
+        """What is known of a round; worked out once for all attackers."""
         with self._lock:
-            if number not in self._known:
-                world = self.world
-                honest = [p for p in range(len(world.parts)) if p not in world.poisoned]
-                self._known[number] = np.stack(
-                    [arrays.difference(world.trained(p, number, model), model) for p in honest]
-                )
-                while len(self._known) > 1:
-                    self._known.popitem(last=False)
-            return self._known[number]
+            before = self._round
+            if before is None or before.number != number:
+                world = self.learner.world
+                honest = [self.learner.update(p, number, model) for p in world.honest if world.attack.needs_honest]
+                last = None if before is None else arrays.difference(model, before.model)
+                self._remember(before)
+                self._round = _Round(number, model, np.stack(honest) if honest else np.empty((0, 0), np.float32), last)
+            assert self._round is not None  # noqa: S101 - for the type checker
+            return self._round
+
+    def _agreed(self, now: _Round, view: AttackView) -> NDArray[np.floating]:
+        with self._lock:
+            if now.agreed is None:
+                now.agreed = self.learner.world.attack.poison_update(view)
+            return now.agreed
+
+    def _remember(self, before: _Round | None) -> None:
+        """Keep the Gram matrix that was opened in the last round, which every site of ``sealed`` sees."""
+        if before is None or not before.honest.size or len(before.sent) < len(self.learner.world.poisoned):
+            return
+        rows = np.concatenate([before.honest, [before.sent[p] for p in sorted(before.sent)]])
+        gram = np.asarray(gram_matrix(clipped(rows, self._units.get(before.number, math.inf))))
+        self._past = (*self._past, gram)[-MEMORY:]
 
 
 class AttackerSuite(WrappedSite[SiteSuite]):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import cycle
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecordValues, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
 
 from quorsum.aggregation import Rule, parse_rule
 from quorsum.crypto import (
@@ -36,10 +38,13 @@ from quorsum.selection import select
 from quorsum.server import QuorumResult, QuorumStrategy, RoundRecord
 from quorsum.simulation.attacks import parse_attack
 from quorsum.simulation.data import Dataset, load_dataset
-from quorsum.simulation.federation import Training, World, client_app, site_name
+from quorsum.simulation.defence import Defence
+from quorsum.simulation.federation import client_app
 from quorsum.simulation.grid import LocalGrid
-from quorsum.simulation.models import evaluate
-from quorsum.simulation.partition import partition
+from quorsum.simulation.models import MODELS, attack_success, evaluate, learnable, load_learnable
+from quorsum.simulation.metrics import primary_metric
+from quorsum.simulation.partition import parse_split, partition
+from quorsum.simulation.world import Training, World, site_name
 
 __all__ = ["RUNTIMES", "SUITES", "Simulation", "simulate"]
 
@@ -58,31 +63,42 @@ class Simulation:
     """What to simulate.
 
     Attributes:
-        data: name of an embedded data set, or path of an ``.npz`` or CSV file.
+        data: name of an embedded data set, or the path of data that ``load_dataset`` reads.
         label: the label column of a CSV file.
+        key: the natural-key column of a CSV file, for ``split="key"``.
         sites: n, number of sites.
         poisoned: how many of them are malicious; which ones, the seed decides.
         attack: what the malicious ones do, such as ``"sign-flip:strength=8"``.
         rule: the robust rule; None takes the usual one of the suite.
         reference: the trusted site of rules that need one, such as ``"site-01"``; it is never a poisoned one.
-        tolerate: f; None takes as many as are poisoned.
+        tolerate: f as it is declared; None takes as many as are poisoned.
         suite: ``"sealed"``, ``"ckks"`` or ``"plain"``.
         rounds: how many.
-        alpha: Dirichlet concentration of the partition, or None for iid.
+        alpha: Dirichlet concentration of the partition, or None; short for ``split="dirichlet:..."``.
+        split: how the data are dealt to sites, such as ``"similarity:0.33"``; None is iid, unless alpha is given.
+        hoard: whether malicious sites get a share of the data. If not, the honest ones get all of it, and each
+            malicious one learns from the data of an honest one (the setting of ByzFL's benchmark).
         clip: whether sites clip their updates to the moving reference norm; None takes what the suite needs.
         seed: decides data split, partition, who is poisoned, initial model, training and attacks.
         runtime: ``"local"`` (threads of this process) or ``"ray"`` (Flower's simulation runtime).
+        model: name of the model; ``"auto"`` takes the usual one for the data.
         epochs: local epochs per round; None takes what suits the model.
+        steps: local steps per round, instead of epochs.
         batch_size: rows per step of local training.
         lr: learning rate of local training; None takes what suits the model.
         momentum: momentum of local training.
+        site_momentum: beta, momentum of what a site submits, over rounds.
         hidden: width of the model's hidden layer, for tables and flat inputs.
         sketches: r, random sketches per round for the suites that sketch.
         timeout: seconds a site has for one reply.
+        target: the class that backdoors aim at.
+        quarantine: whether sites that are rejected much more often than chance are left out for some rounds.
+        gate: whether a new model is checked before it is adopted.
     """
 
     data: str = "digits"
     label: str | None = None
+    key: str | None = None
     sites: int = 10
     poisoned: int = 2
     attack: str = "sign-flip"
@@ -92,16 +108,24 @@ class Simulation:
     suite: str = "sealed"
     rounds: int = 15
     alpha: float | None = None
+    split: str | None = None
+    hoard: bool = True
     clip: bool | None = None
     seed: int = 1
     runtime: str = "local"
+    model: str = "auto"
     epochs: int | None = None
+    steps: int | None = None
     batch_size: int = 32
     lr: float | None = None
     momentum: float = 0.9
+    site_momentum: float = 0.0
     hidden: int = 32
     sketches: int = 4
     timeout: float = 600.0
+    target: int = 0
+    quarantine: bool = False
+    gate: bool = False
 
     def checked(self) -> Simulation:
         """The same settings, with the tolerance filled in.
@@ -122,6 +146,19 @@ class Simulation:
             raise UsageError(f"no suite is called {self.suite!r}; known: {', '.join(SUITES)}")
         if self.runtime not in RUNTIMES:
             raise UsageError(f"no runtime is called {self.runtime!r}; known: {', '.join(RUNTIMES)}")
+        if self.alpha is not None and self.split is not None:
+            raise UsageError(
+                f"--alpha {self.alpha:g} and --split {self.split} both deal out the data: give one of them"
+            )
+        parse_split(self.split or "iid")
+        if self.model not in MODELS:
+            raise UsageError(f"no model is called {self.model!r}; known: {', '.join(MODELS)}")
+        if self.epochs is not None and self.steps is not None:
+            raise UsageError(f"--epochs {self.epochs} and --steps {self.steps} exclude each other: give one of them")
+        if not 0.0 <= self.site_momentum < 1.0:
+            raise UsageError(f"--site-momentum must lie in 0 .. 1 (exclusive), got {self.site_momentum}")
+        if self.site_momentum and self.runtime == "ray":
+            raise UsageError("--site-momentum needs --runtime local: Ray's processes do not share what sites remember")
         if parse_attack(self.attack).on_protocol and self.suite != "sealed":
             raise UsageError(f"attack {self.attack!r} is one on the sealed protocol; use it with --suite sealed")
         rule = parse_rule(self.rule or DEFAULT_RULE[self.suite], suite=self.suite)
@@ -153,10 +190,18 @@ def simulate(
     settings: Simulation,
     world: World | None = None,
     *,
+    workers: int | None = None,
     on_phase: Callable[[int, str], None] | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
 ) -> Result:
     """Run one federation and return its result as plain values, ready for JSON.
+
+    Args:
+        settings: what to simulate.
+        world: the data and sites, if they are there already (``build_world``).
+        workers: how many sites work at the same time under the local runtime; the number of cores by default.
+        on_phase: told round number and phase as they begin.
+        on_round: told the record of every finished round.
 
     Raises:
         UsageError: a setting is out of range.
@@ -164,7 +209,8 @@ def simulate(
     """
     settings = settings.checked()
     world = world or build_world(settings)
-    app = client_app(world, _site_suites(settings), os.urandom)
+    app = client_app(world, _site_suites(settings), os.urandom, _defence(settings, world))
+    measure = _measure(world)
     strategy = QuorumStrategy(
         _coordinator(settings.suite),
         rule=str(settings.rule),
@@ -181,40 +227,97 @@ def simulate(
     )
 
     def run(grid: Grid) -> QuorumResult:
-        model = ArrayRecord(world.new_model().state_dict())
+        model = ArrayRecord(learnable(world.new_model()))
         return strategy.start(
             grid,
             model,
             num_rounds=settings.rounds,
             timeout=settings.timeout,
-            evaluate_fn=lambda _, arrays: _evaluated(world, arrays),
+            evaluate_fn=lambda _, arrays: measure(arrays),
         )
 
     with _quiet_flower(), _one_thread_per_site():
         outcome = (
-            _run_on_ray(run, app, settings.sites) if settings.runtime == "ray" else _run_locally(run, app, settings)
+            _run_on_ray(run, app, settings.sites)
+            if settings.runtime == "ray"
+            else _run_locally(run, app, settings.sites, workers)
         )
     return result_of(settings, world, outcome)
 
 
 def build_world(settings: Simulation) -> World:
     """Data, partition and who is poisoned, all from the settings."""
-    data: Dataset = load_dataset(settings.data, label=settings.label, seed=settings.seed)
+    data: Dataset = load_dataset(settings.data, label=settings.label, key=settings.key, seed=settings.seed)
     rng = np.random.default_rng([settings.seed, 0])
-    parts = partition(data.train_y, settings.sites, alpha=settings.alpha, rng=rng)
+    holders = settings.sites if settings.hoard else settings.sites - settings.poisoned
+    dealt = partition(data, holders, alpha=settings.alpha, split=settings.split, rng=rng)
     # A trusted site that is poisoned would be the end of any rule that trusts it.
     candidates = [partition for partition in range(settings.sites) if site_name(partition) != settings.reference]
-    poisoned = rng.choice(candidates, size=settings.poisoned, replace=False)
-    training = Training(settings.epochs, settings.batch_size, settings.lr, settings.momentum)
+    poisoned = frozenset(int(p) for p in rng.choice(candidates, size=settings.poisoned, replace=False))
+    attack = parse_attack(settings.attack)
+    if attack.backdoor and not 0 <= settings.target < data.classes:
+        raise UsageError(f"--target must be a class, 0 .. {data.classes - 1}, got {settings.target}")
     return World(
         data=data,
-        parts=tuple(parts),
-        poisoned=frozenset(int(p) for p in poisoned),
-        attack=parse_attack(settings.attack),
-        training=training,
+        parts=tuple(dealt) if settings.hoard else _dealt_to_honest(dealt, settings.sites, poisoned),
+        poisoned=poisoned,
+        attack=attack,
+        training=Training(
+            settings.epochs,
+            settings.steps,
+            settings.batch_size,
+            settings.lr,
+            settings.momentum,
+            settings.site_momentum,
+        ),
         seed=settings.seed,
         hidden=settings.hidden,
+        model=settings.model,
+        target=settings.target,
     )
+
+
+def _dealt_to_honest(
+    dealt: list[NDArray[np.int64]], sites: int, poisoned: frozenset[int]
+) -> tuple[NDArray[np.int64], ...]:
+    """One share for each honest site; the malicious ones look over the shoulders of the first honest ones."""
+    honest = iter(dealt)
+    borrowed = cycle(dealt)
+    return tuple(next(borrowed) if site in poisoned else next(honest) for site in range(sites))
+
+
+def _defence(settings: Simulation, world: World) -> Defence:
+    """What attackers that know the rule try their updates out on."""
+    coordinator = _coordinator(settings.suite)
+    names = [site_name(p) for p in (*world.honest, *sorted(world.poisoned))]
+    return Defence(
+        rule=parse_rule(str(settings.rule), suite=settings.suite),
+        tolerate=settings.tolerate or 0,
+        clip=bool(settings.clip),
+        equal=coordinator.selects,
+        reference=None if settings.reference is None else names.index(settings.reference),
+        seed=settings.seed,
+    )
+
+
+def _measure(world: World) -> Callable[[ArrayRecord], MetricRecord]:
+    """How a model is measured: on the test rows, and on those with the trigger if there is a backdoor."""
+    data, attack = world.data, world.attack
+    triggered = (
+        attack.triggered(data.test_x, data.test_y, data=data, target=world.target)
+        if attack.backdoor and world.poisoned
+        else None
+    )
+
+    def measure(model: ArrayRecord) -> MetricRecord:
+        network = world.new_model()
+        load_learnable(network, model.to_torch_state_dict())
+        metrics = evaluate(network, data.test_x, data.test_y)
+        if triggered is not None:
+            metrics["attack_success"] = attack_success(network, *triggered)
+        return MetricRecord(dict(metrics))
+
+    return measure
 
 
 def result_of(settings: Simulation, world: World, outcome: QuorumResult) -> Result:
@@ -254,6 +357,8 @@ def result_of(settings: Simulation, world: World, outcome: QuorumResult) -> Resu
             "initial_accuracy": float(initial["accuracy"]),  # type: ignore[arg-type]
             "accuracy": last["accuracy"],
             "metrics": last,
+            "primary": primary_metric(world.data),
+            "attack_success": last.get("attack_success"),
             "poisoned_rejected": _share(outcome.rounds, lambda site: site in poisoned),
             "honest_rejected": _share(outcome.rounds, lambda site: site not in poisoned),
         },
@@ -265,12 +370,6 @@ def _share(rounds: list[RoundRecord], counts: Callable[[str], bool]) -> float | 
     invited = sum(counts(site) for record in rounds for site in record.invited)
     rejected = sum(counts(site) for record in rounds for site in record.rejected)
     return rejected / invited if invited else None
-
-
-def _evaluated(world: World, model: ArrayRecord) -> MetricRecord:
-    network = world.new_model()
-    network.load_state_dict(model.to_torch_state_dict())
-    return MetricRecord(dict(evaluate(network, world.data.test_x, world.data.test_y)))
 
 
 def _coordinator(suite: str) -> CoordinatorSuite:
@@ -311,8 +410,8 @@ def _loaded_ckks_site(key: bytes) -> CkksSite:
     return CkksSite(CkksSiteKey.from_bytes(key))
 
 
-def _run_locally(run: Callable[[Grid], QuorumResult], app: ClientApp, settings: Simulation) -> QuorumResult:
-    with LocalGrid([app] * settings.sites) as grid:
+def _run_locally(run: Callable[[Grid], QuorumResult], app: ClientApp, sites: int, workers: int | None) -> QuorumResult:
+    with LocalGrid([app] * sites, workers=workers) as grid:
         return run(grid)
 
 
