@@ -8,13 +8,14 @@ LINKS  := aggregation client crypto server simulation
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: help demo test test-slow check lint types links bench clean
+.PHONY: help demo test test-slow test-browser check lint types links bench clean
 
 help:
 	@echo "make demo       ten sites, two poisoned, five runs side by side: a table and a picture in demo-out/"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow  the long ones: Ray, real SuperLink and SuperNodes, chaos, refusals, two federations"
-	@echo "make check      what CI runs: lint, types, vectors, tests"
+	@echo "make test-browser   the lab's report in Chromium"
+	@echo "make check      what CI runs: lint, types, vectors, tests, browser"
 	@echo "make bench      the benchmarks behind docs/performance.md"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +37,9 @@ test-slow: $(STAMP)
 links:
 	@for room in $(LINKS); do ln -sfn ../$$room quorsum/$$room; done
 
+test-browser: $(STAMP)
+	$(BIN)/python -m pytest -m browser
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +47,7 @@ lint: $(STAMP)
 types: $(STAMP) links
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test test-browser
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/suites.py

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from quorsum.aggregation import rules
 from quorsum.aggregation.clear import coordinate_median, trimmed_mean
+from quorsum.aggregation.crowd import alikeness, apart, crowd_clipping
 from quorsum.aggregation.errors import ClearSuiteError, UnknownRuleError
 from quorsum.aggregation.gram import (
     KRUM_MAJORITY,
@@ -69,7 +70,7 @@ class Outcome:
             the score of its mixed row (NNM, ARC, clipping) or of its bucket.
         keep: the rule as a plain selection, for suites that add up a set of updates with equal weights. Rules that
             select keep what they selected; of those that weigh, the geometric median keeps all but its f worst scores,
-            centred clipping all; the mean keeps all.
+            centred clipping all, crowd clipping all but what repeats others; the mean keeps all.
             An extra reference row is never kept. With NNM the selection is that of the mixed rows: a kept row was
             judged by its neighbourhood.
     """
@@ -458,6 +459,12 @@ def _judge_centred_clipping(gram: Gram, f: int, reference: int | None, options: 
     return _Verdict(weights, distances_to(gram, (~sites).astype(np.float64)), sites)
 
 
+def _judge_crowd_clipping(gram: Gram, f: int, _reference: int | None, options: Options) -> _Verdict:
+    weights = crowd_clipping(gram, f, **options)
+    # In how many others' company a row is.
+    return _Verdict(weights, alikeness(gram, f).sum(axis=1) - 1.0, apart(gram, f))
+
+
 def _judge_monna(gram: Gram, f: int, reference: int | None, _options: Options) -> _Verdict:
     keep = rules.monna(gram, f, reference=_given(reference)) > 0
     return _selection(np.sqrt(squared_distances(gram)[_given(reference)]), keep)
@@ -518,6 +525,7 @@ _RULES: dict[str, _Final] = {
         options={"radius": as_positive, "steps": _check_count},
         reference="optional extra",
     ),
+    "crowd-clipping": _Final(MAJORITY, _judge_crowd_clipping, options={"radius": as_positive}),
     "monna": _Final(MAJORITY, _judge_monna, reference="site"),
     "fltrust": _Final(ONE_HONEST, _judge_fltrust, reference="extra"),
     "spectral": _Final(MAJORITY, _judge_spectral),

@@ -1,9 +1,9 @@
 """``quorsum site ...``: what a site's administrator types.
 
 stdout carries the result only; everything else goes to stderr as ``quorsum: ...``. Exit status: 0 done, 1 checked and
-found bad, 2 could not tell or not done yet, 64 wrong usage, 130 interrupted. Heavy modules are imported inside the
-commands. An invitation is a secret until it is used: it is read from standard input or a file, never from the command
-line, which other users of the machine can see.
+found bad, 2 could not tell, or nothing is done until it is confirmed, 64 wrong usage, 130 interrupted. Heavy modules
+are imported inside the commands. An invitation is a secret until it is used: it is read from standard input or a file,
+never from the command line, which other users of the machine can see.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 
 from quorsum.errors import DataError, KeyMaterialError, Refusal, UsageError
+from quorsum.homes import SITE_HOME
 
 if TYPE_CHECKING:
     from quorsum.client.enrollment import Waiting
@@ -37,7 +38,9 @@ SCHEMA = 1
 BAD, UNKNOWN, INTERRUPTED = 1, 2, 130
 
 # What says nothing about right or wrong: it passes by itself, or the same command is given again.
-_UNDECIDED = frozenset({"unreachable", "rate-limited", "too-many-pending", "internal", "call-failed", "stopped"})
+_UNDECIDED = frozenset(
+    {"unreachable", "rate-limited", "too-many-pending", "internal", "call-failed", "stopped", "roster-busy"}
+)
 # With these the same invitation can still be used.
 _USABLE = _UNDECIDED | {"clock-skew", "wrong-name", "already-running"}
 
@@ -50,9 +53,9 @@ app = typer.Typer(
 )
 say = Console(stderr=True, highlight=False)
 
-Home = Annotated[Path, typer.Option("--home", envvar="QUORSUM_SITE_HOME", help="the site's folder")]
+Home = Annotated[Path, typer.Option("--home", envvar=SITE_HOME.variable, help="the site's folder")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object")]
-DEFAULT_HOME = Path("quorsum-site")
+DEFAULT_HOME = SITE_HOME.folder
 
 
 @app.callback()
@@ -98,7 +101,7 @@ def enroll(
     if go_on:
         _start(place)
     else:
-        _complain(f"next: quorsum site start{_at(home)}")
+        _complain(f"next: {_typed(home, 'start')}")
 
 
 @app.command()
@@ -126,7 +129,7 @@ def allow(
         entries = [bundle_of(text) for text in apps]
         put(place, entries)
     _print_allowed(entries, as_json)
-    _complain("allowed from the next message on; see all with: quorsum site allowed" + _at(home))
+    _complain(f"allowed from the next message on; see all with: {_typed(home, 'allowed')}")
 
 
 @app.command()
@@ -151,7 +154,7 @@ def allowed(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
         entries = those(_home(home))
     _print_allowed(entries, as_json)
     if not entries:
-        _complain(f"nothing may run here yet; next: quorsum site allow APP_DIR{_at(home)}")
+        _complain(f"nothing may run here yet; next: {_typed(home, 'allow', 'APP_DIR')}")
 
 
 @app.command("set")
@@ -172,7 +175,7 @@ def set_(
     if as_json:
         _print_json(**_policy(config))
     else:
-        _complain("set, from the next message on; see it with: quorsum site status" + _at(home))
+        _complain(f"set, from the next message on; see it with: {_typed(home, 'status')}")
 
 
 @app.command()
@@ -210,7 +213,7 @@ def leave(
             confirm,
             f"{config.site} leaves {config.federation} for good: its keys are never accepted again, and it joins anew "
             "only with a new invitation and an empty home. What it has contributed stays in the models",
-            f"quorsum site leave{_at(home)}",
+            _typed(home, "leave"),
         )
         enrollment.leave(place)
         place.write_config(config.model_copy(update={"allow": []}))
@@ -240,7 +243,7 @@ def share_key(
             f"share {place.epoch()}",
             confirm,
             "every member above will be able to read every update; compare their words with them first",
-            f"quorsum site share-key{_at(home)}",
+            _typed(home, "share-key"),
         )
         key = generate_site_key(os.urandom)
         epoch = enrollment.share_key(place, key)
@@ -287,7 +290,7 @@ def _join(place: SiteHome, file: Path | None) -> SiteConfig:
                 kept.unlink(missing_ok=True)
             raise
         except KeyboardInterrupt:
-            _complain(f"stopped; no new invitation is needed, go on with: quorsum site enroll{_at(place.path)}")
+            _complain(f"stopped; no new invitation is needed, go on with: {_typed(place.path, 'enroll')}")
             raise typer.Exit(INTERRUPTED) from None
     kept.unlink(missing_ok=True)
     _complain(f"{config.site} is a member of {config.federation}; its certificate is valid until {_expires(place)}")
@@ -489,7 +492,7 @@ def _round_line(taken: dict[str, Any]) -> str:
 
 def _next_of(report: dict[str, Any], home: Path) -> str:
     if report["state"] == "not running":
-        return f"the site is not running; next: quorsum site start{_at(home)}"
+        return f"the site is not running; next: {_typed(home, 'start')}"
     return report["trouble"] or f"the site is not connected: {report['state']}; its own lines on stderr say what to do"
 
 
@@ -527,13 +530,13 @@ def _refusals() -> Iterator[None]:
 
 
 def _confirmed(plan: str, given: str, sentence: str, command: str) -> None:
-    digest = hashlib.sha256(plan.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(plan.encode()).hexdigest()[:16]
     if given == digest:
         return
     if given:
-        raise Refusal("wrong-confirmation", f"{given} is not what this command shows now; look again: {command}")
+        raise Refusal("wrong-digest", f"{given} is not the digest of the plan as it is now; look again: {command}")
     _complain(sentence)
-    _complain(f"nothing is done yet; to go on, run: {command} --confirm {digest}")
+    _complain(f"nothing has been done yet; to do it: {command} --confirm {digest}")
     raise typer.Exit(UNKNOWN)
 
 
@@ -544,10 +547,9 @@ def _home(path: Path) -> SiteHome:
     return SiteHome(path.absolute())
 
 
-def _at(home: Path) -> str:
-    """The option that names the home, where the next command needs it."""
-    usual = Path(os.environ.get("QUORSUM_SITE_HOME", DEFAULT_HOME))
-    return "" if home.absolute() == usual.absolute() else f" --home {home}"
+def _typed(home: Path, *words: str) -> str:
+    """A command of this module as it must be typed to mean this home."""
+    return SITE_HOME.command(home, "site", *words)
 
 
 def _complain(text: str) -> None:

@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from typing import Final, Literal, TypeAlias, TypeVar
 
 import grpc
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from quorsum import enrollment as talk
@@ -268,12 +269,33 @@ def roster(home: SiteHome, clock: Clock = time.time) -> tuple[talk.Member, ...]:
 
     Raises:
         CoordinatorFault: ``roster-changed``: the list cannot follow upon the pinned one.
-        Refusal: ``revoked``, ``left``, ``unreachable``, ...
-        KeyMaterialError: ``not-enrolled``, ``roster-damaged``.
+        Refusal: ``revoked``, ``left``, ``unreachable``, ...; ``roster-busy``: another process of this site asks as well
+            and does not get done.
+        KeyMaterialError: ``not-enrolled``, ``roster-damaged``, ``no-home`` (it takes no lock).
     """
-    members = _members(home, clock).call(talk.MEMBERS, "Roster", talk.RosterRequest(), talk.RosterReply).members
-    home.pin(members, home.config().site)
+    line = _members(home, clock)
+    with _asking(home):
+        members = line.call(talk.MEMBERS, "Roster", talk.RosterRequest(), talk.RosterReply).members
+        home.pin(members, home.config().site)
     return tuple(members)
+
+
+@contextmanager
+def _asking(home: SiteHome) -> Iterator[None]:
+    """One at a time, threads and processes: a list that arrives after a newer one was pinned would look like a lie."""
+    lock = FileLock(home.path / "roster.lock", timeout=2 * TIMEOUT_S, mode=0o600)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise Refusal(
+            "roster-busy", "another process of this site is asking who the members are; wait a minute and try again"
+        ) from None
+    except OSError as error:
+        raise KeyMaterialError("no-home", f"cannot use {home.path}: {error.strerror}; choose another home") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def clock_ahead(home: SiteHome, clock: Clock = time.time) -> float:
@@ -372,12 +394,18 @@ def load_shared_key(home: SiteHome) -> CkksSiteKey:
         KeyMaterialError: ``key-stale``: it was shared with other members; ``no-key``: there is none, or as
             :func:`~quorsum.client.keys.load_site_key`.
     """
+    fetch = home.command("site", "fetch-key")
+    if not home.suite_key_file.exists():
+        raise KeyMaterialError(
+            "no-key",
+            f"this site has no shared key yet; one site shares one: quorsum site share-key, then run here: {fetch}",
+        )
     key = load_site_key(home.suite_key_file)
     if home.suite_epochs().get(home.epoch()) != key.key_id:
         raise KeyMaterialError(
             "key-stale",
-            "the shared key belongs to other members than there are now; one site shares a new key, then run here: "
-            "quorsum site fetch-key",
+            "the shared key belongs to other members than there are now; one site shares a new key: "
+            f"quorsum site share-key, then run here: {fetch}",
         )
     return key
 

@@ -218,10 +218,15 @@ class _Former:
 
         Raises:
             _Refused: one is.
+            KeyMaterialError: there can be no such file.
         """
         if self.path is None or self.held:
             return
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            # Of a full disk, say, the process dies and is started again.
+            raise KeyMaterialError("no-home", f"cannot use {self.path}: {error.strerror}; is the home right?") from None
         try:
             if os.name == "posix":
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,8 +242,10 @@ class _Former:
         """Remember a connection; 0 for none."""
         self.node_id = node_id
         if self.path is not None:
-            # In place, because the file itself is what is locked; half a number is no harm.
-            self.path.write_text(str(node_id) if node_id else "", encoding="ascii")
+            # In place, because the file itself is what is locked. Half a number is no harm, nor is none (a full disk):
+            # a new process then waits for the end of the lease.
+            with suppress(OSError):
+                self.path.write_text(str(node_id) if node_id else "", encoding="ascii")
 
 
 @dataclass

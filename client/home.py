@@ -28,6 +28,7 @@ from quorsum.crypto import certificates
 from quorsum.crypto.identity import Identity
 from quorsum.enrollment import Member, key_epoch
 from quorsum.errors import CoordinatorFault, KeyMaterialError, UsageError
+from quorsum.homes import SITE_HOME
 
 __all__ = ["SiteHome", "check_roster"]
 
@@ -44,6 +45,10 @@ class SiteHome:
     """
 
     path: Path
+
+    def command(self, *words: str) -> str:
+        """A command of quorsum as it must be typed to mean this folder."""
+        return SITE_HOME.command(self.path, *words)
 
     @property
     def identity_file(self) -> Path:
@@ -250,7 +255,8 @@ class SiteHome:
             data = path.read_bytes()
         except FileNotFoundError:
             raise KeyMaterialError(
-                "not-enrolled", f"{path} is missing: this site has not been enrolled; run: quorsum site enroll"
+                "not-enrolled",
+                f"{path} is missing: this site has not been enrolled; run: {self.command('site', 'enroll')}",
             ) from None
         except OSError as error:
             raise KeyMaterialError("no-key", f"cannot read {path}: {error.strerror}") from None

@@ -17,8 +17,9 @@ Two places to keep it:
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -52,6 +53,8 @@ PATIENCE = 2.0
 """Seconds to wait for another process of this site to be done."""
 
 _RECORD_FILE, _UPLOAD_FILE, _KEPT_FILE = "ledger.json", "upload.bin", "kept.bin"
+# Bytes of the line before the blocks at most; a damaged file may have no line end.
+_LONGEST_HEAD = 1 << 24
 
 # What a later attempt may change; of the roster, only that sites are left out.
 _MAY_CHANGE = {"attempt", "sites", "keys", "commitment"}
@@ -226,6 +229,15 @@ def _write(ledger: Ledger, seen: dict[str, int], context: RoundContext, state: b
     ledger.write({"seen": seen, "context": text, "state": state.hex(), "submission": submission})
 
 
+def _digest(blocks: Iterable[bytes]) -> str:
+    """SHA-256 of blocks with their lengths: a bit that a disk has turned must not be sealed, nor blamed on others."""
+    state = hashlib.sha256()
+    for block in blocks:
+        state.update(len(block).to_bytes(8, "little"))
+        state.update(block)
+    return state.hexdigest()
+
+
 class StateLedger:
     """A ledger in a node's ``Context.state``."""
 
@@ -351,7 +363,7 @@ class FolderLedger:
         """The upload kept last.
 
         Raises:
-            KeyMaterialError: it cannot be read.
+            KeyMaterialError: ``ledger-damaged``: it cannot be read, or is not what was written.
         """
         return self._blocks(_UPLOAD_FILE)
 
@@ -363,7 +375,7 @@ class FolderLedger:
         """What a later attempt seals again; nothing before the first.
 
         Raises:
-            KeyMaterialError: it cannot be read.
+            KeyMaterialError: ``ledger-damaged``: it cannot be read, or is not what was written.
         """
         return self._blocks(_KEPT_FILE)
 
@@ -375,21 +387,26 @@ class FolderLedger:
         path = self._folder / name
         try:
             with path.open("rb") as file:
-                lengths = json.loads(file.readline())
+                lengths, digest = json.loads(file.readline(_LONGEST_HEAD))
+                if min(lengths, default=0) < 0 or sum(lengths) != path.stat().st_size - file.tell():
+                    raise ValueError
                 blocks = tuple(file.read(length) for length in lengths)
-                if [len(block) for block in blocks] != lengths or file.read(1):
+                if _digest(blocks) != digest:
                     raise ValueError
                 return blocks
         except FileNotFoundError:
             return ()
         except (OSError, ValueError, TypeError):
             raise KeyMaterialError(
-                "ledger-damaged", f"{path} cannot be read; move it away and sit the round out"
+                "ledger-damaged",
+                f"{path} is not what this site wrote and is not used; look after the disk and move the file away. "
+                "The site sits this round out and takes part in the next one",
             ) from None
 
     def _put(self, name: str, blocks: Blocks) -> None:
-        # Lengths in one line of JSON, then the blocks.
-        replace_file(self._folder / name, [json.dumps([len(block) for block in blocks]).encode() + b"\n", *blocks])
+        # Lengths and digest in one line of JSON, then the blocks.
+        head = json.dumps([[len(block) for block in blocks], _digest(blocks)])
+        replace_file(self._folder / name, [head.encode() + b"\n", *blocks])
 
     def _unusable(self, error: OSError) -> KeyMaterialError:
         return KeyMaterialError(

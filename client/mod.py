@@ -107,9 +107,9 @@ class SealingMod:
         """Handle one message of the coordinator."""
         if _around.get():
             return call_next(message, context)
-        nonce: bytes | None = None
+        asked: envelope.Asked | None = None
         try:
-            nonce = envelope.nonce_of(message.content)
+            asked = envelope.asked_in(message.content)
             if messages.has_header(message.content):
                 content = self._dispatch(message, context, call_next)
             else:
@@ -125,9 +125,9 @@ class SealingMod:
             # Flower would send the text of the error to the coordinator.
             log.exception("an error in the site's own software")
             content = _fault("site-error", "an error in the site's own software; its own log says which")
-        return Message(self._signed(content, nonce, context), reply_to=message)
+        return Message(self._signed(content, asked, context), reply_to=message)
 
-    def _signed(self, content: RecordDict, nonce: bytes | None, context: Context) -> RecordDict:
+    def _signed(self, content: RecordDict, asked: envelope.Asked | None, context: Context) -> RecordDict:
         """The reply with this site's signature (rule 5), where it has an identity and was given a nonce."""
         try:
             identity = self._identity(context)
@@ -135,7 +135,7 @@ class SealingMod:
             # Its text names files of this site. A reply that is not signed costs the site its part, not its secrets.
             log.exception("this site's own keys cannot be used")
             return content
-        return content if nonce is None or identity is None else envelope.sign(content, nonce, identity)
+        return content if asked is None or identity is None else envelope.sign(content, asked, identity)
 
     def _identity(self, context: Context) -> Identity | None:
         home = self.home or context.node_config.get(HOME)

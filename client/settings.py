@@ -130,7 +130,8 @@ def disallow(home: SiteHome, digests: Sequence[str]) -> None:
         config = home.config()
         for digest in digests:
             if digest not in config.allow:
-                raise Refusal("not-allowed", f"{digest} is not on the list; see it with: quorsum site allowed")
+                see = home.command("site", "allowed")
+                raise Refusal("not-allowed", f"{digest} is not on the list; see it with: {see}")
         home.write_config(config.model_copy(update={"allow": [d for d in config.allow if d not in digests]}))
         _write_notes(home, {digest: note for digest, note in _notes(home).items() if digest not in digests})
 

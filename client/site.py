@@ -43,7 +43,7 @@ from quorsum.client.home import SiteHome
 from quorsum.client.keys import configured_suite
 from quorsum.client.mod import seal
 from quorsum.client.supervisor import ENDINGS, end_with_parent
-from quorsum.client.worker import Worker
+from quorsum.client.worker import Worker, refused
 from quorsum.config import SiteConfig, replace_file
 from quorsum.crypto import CkksSite, CkksSiteKey, certificates
 from quorsum.crypto.suite import RoundContext, SiteSuite
@@ -77,6 +77,8 @@ _KEPT: Final = 20
 # A coordinator that names strangers in every message must not make the site ask all the time, in seconds.
 _ASK_AGAIN: Final = 5.0
 _LOCK_PATIENCE: Final = 1.0
+# What a site that is refused waits for the coordinator's reason, in seconds.
+_LOOKING: Final = 5.0
 
 
 # --- who takes part in a round ---
@@ -264,8 +266,9 @@ class _Workers:
             config = self._home.config()
         except QuorsumError as error:
             log.error("%s", error)
-            fault = messages.Fault(code="bundle-not-allowed", message="this site's configuration cannot be read")
-            return Message(messages.pack(fault), reply_to=message)
+            # The words of the error name files of this site.
+            reason = Refusal("bundle-not-allowed", "this site's configuration cannot be read; its own log says why")
+            return refused(self._home.path, message, reason)
         return self._current(config).handle(message, bundle, run)
 
     def _current(self, config: SiteConfig) -> Worker:
@@ -328,30 +331,52 @@ class _Upkeep:
     def __post_init__(self) -> None:
         self.wake = threading.Event()
         self._said = ""
+        self._looks = threading.Condition()
+        self._wanted = self._done = 0
+
+    def look(self, patience: float) -> bool:
+        """Have it look now; whether what it has found ends the process. It waits for that for ``patience`` seconds."""
+        with self._looks:
+            self._wanted += 1
+            mine = self._wanted
+            self.wake.set()
+            self._looks.wait_for(lambda: self._done >= mine or self.stop.is_set(), patience)
+        return self.ended is not None
 
     def run(self) -> None:
         """Until it is stopped, or finds what ends the process."""
-        while not self.stop.is_set():
-            pause = self.pause
-            try:
-                self._once()
-                self._say("")
-            except Refusal as refusal:
-                if refusal.code in FINAL:
-                    self.ended = refusal
-                    self.board.put(trouble=str(refusal))
-                    self.stop.set()
-                    return
-                self._say(str(refusal))
-                pause = min(pause, AFTER_TROUBLE_S)
-            except UsageError as error:
-                self._say(str(error))
-                pause = min(pause, AFTER_TROUBLE_S)
-            except Exception:
-                log.exception("an error in the upkeep of this site")
-            # Without this, a coordinator that refuses would be asked as fast as it does.
-            if self.stop.wait(min(1.0, pause)):
+        try:
+            while not self.stop.is_set():
+                self._look_and_wait()
+        finally:
+            self._looked(self._wanted)
+
+    def _looked(self, number: int) -> None:
+        with self._looks:
+            self._done = number
+            self._looks.notify_all()
+
+    def _look_and_wait(self) -> None:
+        pause, number = self.pause, self._wanted
+        try:
+            self._once()
+            self._say("")
+        except Refusal as refusal:
+            if refusal.code in FINAL:
+                self.ended = refusal
+                self.board.put(trouble=str(refusal))
+                self.stop.set()
                 return
+            self._say(str(refusal))
+            pause = min(pause, AFTER_TROUBLE_S)
+        except UsageError as error:
+            self._say(str(error))
+            pause = min(pause, AFTER_TROUBLE_S)
+        except Exception:
+            log.exception("an error in the upkeep of this site")
+        self._looked(number)
+        # Without this, a coordinator that refuses would be asked as fast as it does.
+        if not self.stop.wait(min(1.0, pause)):
             self.wake.wait(pause)
             self.wake.clear()
 
@@ -382,7 +407,8 @@ class _Upkeep:
             logs.event(
                 log,
                 "members-changed",
-                f"the members have changed; {'; '.join(changes)}. Compare their words with: quorsum site status",
+                f"the members have changed; {'; '.join(changes)}. Compare their words with: "
+                f"{self.home.command('site', 'status')}",
                 joined=came,
                 gone=went,
             )
@@ -421,7 +447,7 @@ class _Detail(logging.Filter):
         return False
 
 
-def _next_step(state: str, config: SiteConfig, count: int) -> str:
+def _next_step(home: SiteHome, state: str, config: SiteConfig, count: int) -> str:
     steps = {
         fleet.CONNECTING: f"trying on at {config.fleet_address}; where nothing runs there, its operator runs: "
         "quorsum coordinator start",
@@ -436,7 +462,7 @@ def _next_step(state: str, config: SiteConfig, count: int) -> str:
         return steps.get(state, "")
     to = f"to {config.fleet_address} as {config.site}"
     if not count:
-        return f"{to}; nothing may run here yet, run: quorsum site allow APP_DIR"
+        return f"{to}; nothing may run here yet, run: {home.command('site', 'allow', 'APP_DIR')}"
     return f"{to}; apps allowed: {count}"
 
 
@@ -464,11 +490,12 @@ def run_site(home: SiteHome, stop: threading.Event, *, upkeep_s: float = UPKEEP_
     def on_state(state: str) -> None:
         board.put(state=state, since=_now())
         said = detail.last if detail.last.startswith(state) else state
-        step = _next_step(state, config, workers.count())
+        if state in _REFUSED and upkeep.look(_LOOKING):
+            # The end of the process says why.
+            return
+        step = _next_step(home, state, config, workers.count())
         separator = " " if state == fleet.CONNECTED else "; "
         logs.event(log, "state", separator.join(part for part in (said, step) if part), state=state)
-        if state in _REFUSED:
-            upkeep.wake.set()
 
     def handle(message: Message, bundle: bytes, run: flower.Run) -> Message:
         reply = workers.handle(message, bundle, run)
@@ -516,7 +543,7 @@ def only_process(home: SiteHome) -> FileLock:
     except Timeout:
         raise Refusal(
             "already-running",
-            f"the site in {home.path} is running already; see it with: quorsum site status --home {home.path}",
+            f"the site in {home.path} is running already; see it with: {home.command('site', 'status')}",
         ) from None
     except OSError as error:
         raise KeyMaterialError("no-home", f"cannot use {home.path}: {error.strerror}; choose another home") from None

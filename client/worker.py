@@ -23,8 +23,9 @@ from quorsum import bundles, envelope, flower, messages
 from quorsum.client.keys import HOME, load_identity
 from quorsum.client.mod import seal
 from quorsum.errors import Refusal
+from quorsum.homes import SITE_HOME
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "refused"]
 
 log = logging.getLogger("flwr.quorsum.worker")
 
@@ -81,27 +82,23 @@ class Worker:
             app = self._app(bundle)
             context = self._context(message, app, run)
         except Refusal as refusal:
-            log.warning("%s", refusal)
-            return self._fault(message, refusal)
+            log.warning("%s%s", refusal, self._remedy(refusal, bundle))
+            return refused(self._home, message, refusal)
         return self._seal(message, context, app)
 
-    def _fault(self, message: Message, refusal: Refusal) -> Message:
-        """A refusal, signed as every reply of this site is."""
-        content = messages.pack(messages.Fault(code=refusal.code, message=refusal.message))
-        try:
-            nonce = envelope.nonce_of(message.content)
-            signed = content if nonce is None else envelope.sign(content, nonce, load_identity(self._home))
-        except Refusal as unsigned:
-            log.error("%s", unsigned)
-            return Message(content, reply_to=message)
-        return Message(signed, reply_to=message)
+    def _remedy(self, refusal: Refusal, bundle: bytes) -> str:
+        """What to type here; it names a folder of this site, so that it is for the site's own log."""
+        if refusal.code != "bundle-not-allowed":
+            return ""
+        return f"; if it may run here: {SITE_HOME.command(self._home, 'site', 'allow', bundles.digest(bundle))}"
 
     def _app(self, bundle: bytes) -> _App:
         digest = bundles.digest(bundle)
         if digest not in self._allowed():
             raise Refusal(
                 "bundle-not-allowed",
-                f"this site does not allow the bundle {digest}; its administrator can, with: quorsum site allow",
+                f"this site does not allow the bundle {digest}; its administrator can, with: "
+                f"quorsum site allow {digest}",
             )
         if digest not in self._apps:
             self._apps[digest] = self._unpacked(bundle, digest)
@@ -134,6 +131,24 @@ class Worker:
             for old in list(self._contexts)[:-_RUNS_KEPT]:
                 del self._contexts[old]
         return self._contexts[key]
+
+
+def refused(home: Path, message: Message, refusal: Refusal) -> Message:
+    """The reply to a message that is refused before the sealing mod sees it, signed as every reply of this site is.
+
+    Args:
+        home: the site's folder.
+        message: what is refused.
+        refusal: why; the coordinator reads its words.
+    """
+    content = messages.pack(messages.Fault(code=refusal.code, message=refusal.message))
+    try:
+        asked = envelope.asked_in(message.content)
+        signed = content if asked is None else envelope.sign(content, asked, load_identity(home))
+    except Refusal as unsigned:
+        log.error("%s", unsigned)
+        return Message(content, reply_to=message)
+    return Message(signed, reply_to=message)
 
 
 @dataclass(frozen=True)

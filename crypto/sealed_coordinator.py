@@ -77,19 +77,8 @@ class SealedUpload:
     blocks: Sequence[bytes] = dataclass_field(repr=False)
 
 
-@dataclass(frozen=True)
-class SealedCoordinator:
-    """The coordinator's end of ``sealed``, between rounds.
-
-    Attributes:
-        select: the robust selection, the same function as at the sites.
-        keys: public key of each site, 64 bytes.
-        spool: where to put the blocks of an upload; by default they stay in memory.
-    """
-
-    select: Select = dataclass_field(repr=False)
-    keys: Mapping[Site, bytes] = dataclass_field(default_factory=dict, repr=False)
-    spool: Callable[[Site, Blocks], Sequence[bytes]] = dataclass_field(default=lambda site, blocks: blocks, repr=False)
+class _Coordinator:
+    """What the coordinator's end is between rounds and within one."""
 
     @property
     def name(self) -> str:
@@ -105,6 +94,21 @@ class SealedCoordinator:
     def least_opened(self) -> int:
         """Two; the bounds of each round ask for more (see ``SealedBounds``)."""
         return 2
+
+
+@dataclass(frozen=True)
+class SealedCoordinator(_Coordinator):
+    """The coordinator's end of ``sealed``, between rounds.
+
+    Attributes:
+        select: the robust selection, the same function as at the sites.
+        keys: public key of each site, 64 bytes.
+        spool: where to put the blocks of an upload; by default they stay in memory.
+    """
+
+    select: Select = dataclass_field(repr=False)
+    keys: Mapping[Site, bytes] = dataclass_field(default_factory=dict, repr=False)
+    spool: Callable[[Site, Blocks], Sequence[bytes]] = dataclass_field(default=lambda site, blocks: blocks, repr=False)
 
     def least_sites(self, tolerate: int, collude: int) -> int:
         """Fewest sites of a run, see ``SealedBounds``."""
@@ -158,7 +162,7 @@ class _View:
     points: Mapping[Site, tuple[bytes, bytes]]
 
 
-class SealedRound:
+class SealedRound(_Coordinator):
     """The coordinator's end of ``sealed`` in one round. Measure once, then combine once.
 
     Args:
@@ -180,21 +184,6 @@ class SealedRound:
         self._spool = spool
         self._nonce = nonce
         self._fixed: _View | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the suite and its parameters, equal at both ends."""
-        return SEALED_V1.name
-
-    @property
-    def selects(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def least_opened(self) -> int:
-        """Two; the bounds of each round ask for more (see ``SealedBounds``)."""
-        return 2
 
     def gram_noise(self, context: RoundContext) -> float:
         """None: the Gram matrix is exact."""

@@ -98,7 +98,9 @@ def run(arguments: list[str]) -> int:
         click.echo(error.format_message())
         return EXIT_USAGE
     except click.ClickException as error:
-        _complain(f"{_lower(error.format_message())} (try: quorsum {' '.join(arguments[:1])} --help)")
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "quorsum"
+        _complain(f"{_lower(error.format_message())} (try: {command} --help)")
         return EXIT_USAGE
     except (UsageError, DataError) as error:
         _complain(str(error))

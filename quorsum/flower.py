@@ -114,6 +114,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quorsum import logs
 from quorsum.errors import KeyMaterialError, Refusal, UsageError
 
 __all__ = [
@@ -164,6 +165,8 @@ _STOOD_STILL: Final = 2.0
 _PULLS_AT_ONCE, _PUSHES_AT_ONCE = 4, 2
 # Bytes of one answer of the coordinator; it cuts arrays into objects of 5 MiB.
 _LONGEST_ANSWER: Final = 64 << 20
+# What one node may provoke of each line: this often in so many seconds.
+_LINES, _LINES_S = 1, 60.0
 # Objects of a reply at most: a model of thousands of arrays has fewer.
 _MOST_OBJECTS: Final = 100_000
 
@@ -221,6 +224,11 @@ class FleetState(InMemoryLinkState):
         self._looked = monotonic()
         self._uploads: dict[str, _Upload] = {}
         self._sessions: dict[str, str] = {}
+        self._lines = logs.Allowance(_LINES, _LINES_S)
+
+    def blame(self, node_id: int, sentence: str, *arguments: object) -> None:
+        """Log what a node did that an honest one does not do; the same of one node once a minute, with how often."""
+        logs.provoked(log, self._lines, node_id, "node %d " + sentence, node_id, *arguments)
 
     # nodes
 
@@ -430,7 +438,7 @@ class FleetState(InMemoryLinkState):
         if validate_message(message, is_reply_message=True) or not all(is_valid_sha256_hash(k) for k in ids):
             return False, []
         if len(ids) > _MOST_OBJECTS:
-            log.warning("node %d announced a reply of %d objects", metadata.src_node_id, len(ids))
+            self.blame(metadata.src_node_id, "announced a reply of %d objects", len(ids))
             return False, []
         with self.lock:
             asked = self.message_ins_store.get(metadata.reply_to_message_id)
@@ -495,7 +503,7 @@ class FleetState(InMemoryLinkState):
         try:
             reply = inflate(upload.root, upload.contents, self.longest_reply)
         except Refusal as refusal:
-            log.warning("node %d sent a reply that cannot be used: %s", metadata.src_node_id, refusal)
+            self.blame(metadata.src_node_id, "sent a reply that cannot be used: %s", refusal)
             return lost_reply(metadata)
         # What the objects say of sender and addressee was not checked when the reply was announced; this was.
         if reply.has_error():
@@ -599,9 +607,7 @@ class _Binding:
                 return 400, "one message at a time"
             metadata = request.messages_list[0].metadata
             if metadata.src_node_id != request.node.node_id:
-                log.warning(
-                    "node %d tried to answer in the name of node %d", request.node.node_id, metadata.src_node_id
-                )
+                self._state.blame(request.node.node_id, "tried to answer in the name of node %d", metadata.src_node_id)
                 return 403, "a node answers in its own name only"
             if not metadata.reply_to_message_id or metadata.message_id != request.message_object_trees[0].object_id:
                 return 400, "not a reply"

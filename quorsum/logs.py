@@ -5,6 +5,9 @@ Three rules hold for every line, whoever wrote it, because they are kept where l
 1. Bytes, arrays and objects are not written; their kind and length are.
 2. No text is longer than 1000 characters.
 3. Invitations, PEM blocks, and long runs of hexadecimal or base64 digits are replaced by what they are.
+
+What others can provoke as often as they like is said a few times only, and then how often it was left out
+(:class:`Allowance`), so that nobody fills a disk.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TextIO
 
 from quorsum.errors import QuorsumError
 
-__all__ = ["LONGEST", "configure", "event", "scrub", "scrub_text", "scrubbed"]
+__all__ = ["LONGEST", "Allowance", "Sparing", "configure", "event", "provoked", "scrub", "scrub_text", "scrubbed"]
 
 LONGEST: Final = 1000
 """Characters of a text at most."""
@@ -38,6 +44,7 @@ _MOST: Final = 1000
 _FIELDS: Final = "quorsum_fields"
 _EVENT: Final = "quorsum_event"
 _ERROR: Final = "quorsum_error"
+_LEFT_OUT: Final = "quorsum_left_out"
 
 
 def event(logger: logging.Logger, name: str, sentence: str, level: int = logging.INFO, **fields: Any) -> None:
@@ -52,6 +59,71 @@ def event(logger: logging.Logger, name: str, sentence: str, level: int = logging
     """
     # A brace or a percent sign in the sentence is one.
     logger.log(level, "%s", sentence, extra={_EVENT: name, _FIELDS: fields})
+
+
+class Allowance:
+    """How often a line of one kind may be written.
+
+    Args:
+        most: lines of each kind in ``seconds``.
+        seconds: length of a while.
+        kinds: kinds that are remembered; the one unused for longest is forgotten first.
+        monotonic: a clock.
+    """
+
+    def __init__(
+        self, most: int, seconds: float, kinds: int = 10_000, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._most, self._seconds, self._kinds, self._monotonic = most, seconds, kinds, monotonic
+        self._lock = threading.Lock()
+        # When the while began, lines in it, and lines left out since one was written last.
+        self._known: OrderedDict[Hashable, tuple[float, int, int]] = OrderedDict()
+
+    def take(self, kind: Hashable) -> int | None:
+        """Ask for one line: how many of its kind were left out since the last one; None to leave this one out too."""
+        now = self._monotonic()
+        with self._lock:
+            began, written, left_out = self._known.get(kind, (now, 0, 0))
+            if now - began >= self._seconds:
+                began, written = now, 0
+            fine = written < self._most
+            self._known[kind] = (began, written + 1, 0) if fine else (began, written, left_out + 1)
+            self._known.move_to_end(kind)
+            if len(self._known) > self._kinds:
+                self._known.popitem(last=False)
+            return left_out if fine else None
+
+
+def provoked(logger: logging.Logger, allowance: Allowance, who: Hashable, sentence: str, *arguments: object) -> None:
+    """Warn of something that somebody else did, as often as the allowance lets them.
+
+    Args:
+        logger: where.
+        allowance: for each of them and each sentence.
+        who: did it.
+        sentence: with places for the arguments, as in ``logging``.
+        arguments: for them.
+    """
+    left_out = allowance.take((who, sentence))
+    if left_out is not None:
+        logger.warning(sentence, *arguments, extra={_LEFT_OUT: left_out})
+
+
+class Sparing(logging.Filter):
+    """Of warnings and errors that other packages log from one line of their code, only so many pass."""
+
+    def __init__(self, allowance: Allowance) -> None:
+        super().__init__()
+        self._allowance = allowance
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record passes; it then says how many have not."""
+        if record.levelno < logging.WARNING:
+            return True
+        left_out = self._allowance.take((record.pathname, record.lineno))
+        if left_out:
+            record.__dict__[_LEFT_OUT] = left_out
+        return left_out is not None
 
 
 def configure(style: Literal["text", "json"], stream: TextIO, *, quiet: bool = False) -> None:
@@ -117,7 +189,8 @@ def scrub(value: Any, depth: int = 0) -> Any:
 def scrubbed(record: logging.LogRecord) -> logging.LogRecord:
     """A copy of a record in which nothing is left that may not be written."""
     clean = logging.makeLogRecord(record.__dict__)
-    clean.msg, clean.args = _message(record), None
+    left_out = record.__dict__.get(_LEFT_OUT)
+    clean.msg, clean.args = _message(record) + (f" (and {left_out} times more before)" if left_out else ""), None
     clean.__dict__[_FIELDS] = scrub(record.__dict__.get(_FIELDS, {}))
     clean.__dict__[_ERROR] = _error(record.exc_info[1]) if record.exc_info else ""
     clean.exc_info, clean.exc_text, clean.stack_info = None, None, None

@@ -84,7 +84,7 @@ def one_attempt(rule: Rule) -> bool:
     most of them are in the set. With ``multi-krum(m=4)`` none need be, and two sums may differ in a single update.
     """
     last = rule.parts[-1]
-    return rule.needs_reference or last.name == "krum" or "m" in last.options
+    return rule.needs_reference or last.name in ("krum", "crowd-clipping") or "m" in last.options
 
 
 select: Final = Selection()

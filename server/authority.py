@@ -14,6 +14,7 @@ from typing import Final
 from quorsum.config import replace_file
 from quorsum.crypto import certificates
 from quorsum.errors import KeyMaterialError, UsageError
+from quorsum.homes import COORDINATOR_HOME
 
 __all__ = ["SERVER_LIFETIME", "Authority", "ServerCertificate", "create_authority", "load_authority"]
 
@@ -75,8 +76,10 @@ def _read(path: Path, *, secret: bool) -> bytes:
         mode = stat.S_IMODE(path.stat().st_mode)
         data = path.read_bytes()
     except OSError as error:
+        anew = COORDINATOR_HOME.command(Path("NEW-HOME"), "coordinator", "init")
         raise KeyMaterialError(
-            "no-key", f"cannot read {path}: {error.strerror}; restore it, or begin with: quorsum coordinator init"
+            "no-key",
+            f"cannot read {path}: {error.strerror}; restore it from a backup, or begin anew and invite anew: {anew}",
         ) from None
     if secret and os.name == "posix" and mode & 0o077:
         raise KeyMaterialError("key-readable", f"{path} can be read by others (mode {mode:04o}); run: chmod 600 {path}")

@@ -19,7 +19,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import BadZipFile
@@ -27,9 +27,11 @@ from zipfile import BadZipFile
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+from quorsum.aggregation.reputation import Reputation
 from quorsum.crypto.suite import Blocks, RandomBytes, Site
 from quorsum.durable import make_private, replace_file
 from quorsum.errors import Refusal, SiteFault
+from quorsum.server.gate import Watched
 from quorsum.server.records import RoundRecord
 
 __all__ = [
@@ -60,6 +62,9 @@ class RunState:
         sketches: r, random sketches of the next round.
         model: the model.
         records: one for each round played.
+        norms: what the last rounds said about the reference norm.
+        reputation: what is held against single sites.
+        watched: what the gate compares the next model with.
     """
 
     run: str
@@ -70,6 +75,9 @@ class RunState:
     sketches: int
     model: ArrayRecord
     records: tuple[RoundRecord, ...] = ()
+    norms: tuple[float, ...] = ()
+    reputation: Reputation = field(default_factory=Reputation)
+    watched: Watched = field(default_factory=Watched)
 
 
 @dataclass(frozen=True)
@@ -183,10 +191,11 @@ class FolderRun:
                 head = json.loads(parts["head"].tobytes())
                 arrays = {name: Array(parts[f"array-{place}"]) for place, name in enumerate(head.pop("arrays"))}
                 records = tuple(_record(one) for one in head.pop("records"))
-                return RunState(**head, model=ArrayRecord(arrays), records=records)
+                later = _later(head)
+                return RunState(**head, **later, model=ArrayRecord(arrays), records=records)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile):
             raise Refusal(
                 "checkpoint-damaged", f"{path} cannot be read; restore it from a backup, or start a new run"
             ) from None
@@ -197,6 +206,9 @@ class FolderRun:
             **{name: getattr(state, name) for name in ("run", "tolerate", "number", "finished", "unit", "sketches")},
             "arrays": list(state.model),
             "records": [asdict(record) for record in state.records],
+            "norms": list(state.norms),
+            "reputation": state.reputation.to_json(),
+            "watched": state.watched.to_json(),
         }
         out = io.BytesIO()
         arrays: dict[str, Any] = {f"array-{place}": array.numpy() for place, array in enumerate(state.model.values())}
@@ -294,6 +306,18 @@ class FolderExchange:
 
     def _path(self, place: int) -> Path:
         return self._folder / f"reply-{place:05d}.bin"
+
+
+def _later(head: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a state what those of 0.1.0 do not have; they begin with nothing."""
+    found: dict[str, Any] = {}
+    if "norms" in head:
+        found["norms"] = tuple(float(norm) for norm in head.pop("norms"))
+    if "reputation" in head:
+        found["reputation"] = Reputation.from_json(head.pop("reputation"))
+    if "watched" in head:
+        found["watched"] = Watched.from_json(head.pop("watched"))
+    return found
 
 
 def _record(values: dict[str, Any]) -> RoundRecord:

@@ -2,7 +2,7 @@
 
 stdout carries the artifact only: invitations, a table, one JSON object with ``--json``. Everything else goes to stderr
 as ``quorsum: ...``, and whatever waits or was refused ends in the next command. Exit status: 0 done, 1 refused, failed
-or not done, 2 could not tell, 64 wrong usage.
+or not done, 2 could not tell, or nothing is done until it is confirmed, 64 wrong usage.
 
 No command speaks with the coordinator's process: all of them read and write the state in the coordinator's folder, so
 they work whether it runs or not.
@@ -57,6 +57,7 @@ _DONE, _NOT_DONE, _UNKNOWN = 0, 1, 2
 _GLANCE: Final = 0.3
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 _LONGEST_OVERRIDE: Final = 1000
+_WIDEST: Final = 1000
 
 P = ParamSpec("P")
 
@@ -150,6 +151,11 @@ def _finite(value: Any) -> Any:
 
 def _console() -> Console:
     return Console(highlight=False, soft_wrap=True)
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table with one line for each row: where it is wider than the terminal, the terminal wraps the lines."""
+    Console(highlight=False, width=_WIDEST).print(table)
 
 
 def _hint_if_not_running(place: _Place) -> None:
@@ -362,11 +368,11 @@ def _everybody(
         raise UsageError("--all goes without names and words")
     if not compared:
         _show_waiting(waiting.values())
-        raise Refusal(
-            "not-compared",
+        _talk(
             "read these words to each site's administrator; when all are the same: "
-            + place.command("approve", "--all", "--yes-i-compared-the-words"),
+            + place.command("approve", "--all", "--yes-i-compared-the-words")
         )
+        raise typer.Exit(_UNKNOWN)
     return {site.name: site.words for site in waiting.values()}
 
 
@@ -408,7 +414,7 @@ def _ask(place: _Place, asked: Sequence[SiteRow]) -> int:
         pairs = [f"{site.name}={site.words}" for site in asked]
         _talk(f"compare the words with each site's administrator; where they are the same: "
               f"{place.command('approve', *pairs)}")  # fmt: skip
-        return _NOT_DONE
+        return _UNKNOWN
     chosen: dict[str, str] = {}
     for site in asked:
         _talk(f"{site.name}, enrolling from {site.address}, shows: {site.words}")
@@ -475,7 +481,7 @@ def list_sites(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
         for one in open_:
             until = f"(invitation until {when(one.expires)})"
             table.add_row(*map(Text, (one.site, "invited", "-", when(one.created), until)))
-        _console().print(table)
+        _print_whole(table)
         # Below the table: words that are to be compared must not be cut to a column.
         for row in rows:
             if row.state in ("pending", "approved"):
@@ -505,7 +511,7 @@ def revoke(
             for line in _plan(place, row):
                 _talk(line)
             _talk(f"nothing has been done yet; to do it: {place.command('revoke', site, '--confirm', digest)}")
-            return _NOT_DONE
+            return _UNKNOWN
         if confirm != digest:
             raise Refusal(
                 "wrong-digest",
@@ -552,7 +558,7 @@ def status(
         elif watch:
             _watch(place)
         else:
-            _console().print(board.table(seen, time.time()))
+            _console().print(board.table(seen, time.time(), place.home.path))
         if not seen["running"] and not watch:
             _hint_if_not_running(place)
             return _UNKNOWN
@@ -564,7 +570,7 @@ def _watch(place: _Place) -> None:
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(board.table(place.view(), time.time()), refresh=True)
+                live.update(board.table(place.view(), time.time(), place.home.path), refresh=True)
                 time.sleep(1)
     except KeyboardInterrupt:
         return

@@ -37,7 +37,7 @@ from quorsum.crypto.labels import tagged
 from quorsum.errors import DataError, Refusal, UsageError
 from quorsum.invitation import secret_hash
 from quorsum.server.authority import Authority, ServerCertificate
-from quorsum.server.store import Application, Relay, SiteRow, Store
+from quorsum.server.store import Application, Relay, SiteRow, Store, check_epoch
 
 __all__ = ["EnrollmentService", "Limits", "now_utc"]
 
@@ -406,9 +406,6 @@ class EnrollmentService:
         return talk.LeaveReply(server_time=self._now())
 
     def _put_key(self, request: talk.PutKeyRequest, site: SiteRow) -> talk.PutKeyReply:
-        self._check_epoch(request.epoch)
-        if request.recipient == site.name or request.recipient not in {s.name for s in self._store.approved_sites()}:
-            raise Refusal("unknown-recipient", f"{request.recipient} is no other member; ask for the roster again")
         sealed = talk.decode_base64(request.sealed)
         statement = talk.relay_statement(request.epoch, site.name, request.recipient, sealed)
         # Else its recipient would find the coordinator at fault, and nobody else could share a key in this epoch.
@@ -420,19 +417,12 @@ class EnrollmentService:
         return talk.PutKeyReply(server_time=self._now())
 
     def _get_key(self, request: talk.GetKeyRequest, site: SiteRow) -> talk.GetKeyReply:
-        self._check_epoch(request.epoch)
+        check_epoch(request.epoch, ((member.name, member.identity) for member in self._store.approved_sites()))
         relay = self._store.get_relay(request.epoch, site.name)
         if relay is None:
             return talk.GetKeyReply(sender="", sealed="", signature="", server_time=self._now())
         sealed = talk.encode_base64(relay.sealed)
         return talk.GetKeyReply(sender=relay.sender, sealed=sealed, signature=relay.signature, server_time=self._now())
-
-    def _check_epoch(self, epoch: str) -> None:
-        if epoch != talk.key_epoch((site.name, site.identity) for site in self._store.approved_sites()):
-            raise Refusal(
-                "epoch-over",
-                "the members have changed, and with them the key; ask for the roster, then share a new key",
-            )
 
 
 def _check_proofs(fingerprint: str, request: talk.EnrollRequest) -> talk.Keys:

@@ -73,14 +73,14 @@ class _Pending:
 
     Attributes:
         content: what was asked, with its nonce.
-        nonce: the nonce.
+        asked: what the reply must be signed for.
         ids: Flower's ids of it, one for each time it was pushed.
         process: the process of the site that it was pushed for.
         pushed: when it was pushed last.
     """
 
     content: RecordDict
-    nonce: bytes
+    asked: envelope.Asked
     ids: list[str] = field(default_factory=list)
     process: str | None = None
     pushed: float = 0.0
@@ -112,9 +112,12 @@ class Network:
         A second reply to the same message comes as a fault with code ``"answered-twice"`` after the first.
         """
         pending: dict[Site, _Pending] = {}
+        # The model is one record in the instructions of all sites.
+        known: dict[int, bytes] = {}
         for site, content in contents.items():
             nonce = self.random_bytes(envelope.NONCE_LENGTH)
-            asked = _Pending(envelope.address(content, nonce), nonce)
+            digest = envelope.content_digest(content, known) if site in self.identities else b""
+            asked = _Pending(envelope.address(content, nonce), envelope.Asked(nonce, digest))
             # A member that has not connected yet is asked as soon as it does.
             awaited = isinstance(self.grid, WatchedGrid) and self.grid.registered(self.nodes[site])
             if self._push(site, asked, group, message_type) or awaited:
@@ -213,7 +216,7 @@ class Network:
         if site not in self.identities:
             return envelope.strip(reply.content)
         try:
-            return envelope.open_envelope(reply.content, asked.nonce, self.identities[site])
+            return envelope.open_envelope(reply.content, asked.asked, self.identities[site])
         except Refusal as refusal:
             # Whoever sent it, it was not the site, or not the site's word on this.
             return SiteFault(site, refusal.code, f"its reply: {refusal.message}", proven=False)

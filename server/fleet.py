@@ -35,7 +35,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from quorsum import bundles, flower
+from quorsum import bundles, flower, logs
 from quorsum.errors import KeyMaterialError, UsageError
 
 __all__ = ["FleetGrid", "FleetServer", "NodeView", "RunHandle"]
@@ -67,6 +67,9 @@ _CONNECTIONS: Final = 64
 _UNSIGNED: Final = 128 * 1024
 # Requests of full length that one node may have on their way.
 _AT_ONCE: Final = 2
+# What others' code may say of requests from each of its lines, so many times a minute: a member can provoke it at will.
+_LINES, _LINES_S = 10, 60.0
+_PROVOKED: Final = ("flwr", "uvicorn.error", "asyncio")
 # What stop() waits for requests in work, in seconds.
 _GRACE: Final = 0.6
 _START: Final = 10.0
@@ -138,6 +141,7 @@ class FleetServer:
         self._files = (certificate, key, authority)
         self._state = flower.FleetState(lease, longest_reply)
         self._gate = _Gate(flower.fleet_application(self._state), self._state, longest_request, hold)
+        self._sparing = logs.Sparing(logs.Allowance(_LINES, _LINES_S))
         self._server: uvicorn.Server | None = None
         self._socket: socket.socket | None = None
         self._thread: threading.Thread | None = None
@@ -152,6 +156,8 @@ class FleetServer:
             KeyMaterialError: certificate or key cannot be used.
         """
         flower.quiet()
+        for name in _PROVOKED:
+            logging.getLogger(name).addFilter(self._sparing)
         config = self._configuration()
         self._socket = self._listen()
         self._server = uvicorn.Server(config)
@@ -179,6 +185,8 @@ class FleetServer:
                 thread.join(_START)
         if self._socket is not None:
             self._socket.close()
+        for name in _PROVOKED:
+            logging.getLogger(name).removeFilter(self._sparing)
         self._server = self._thread = self._socket = self._context = self._loop = None
 
     def __enter__(self) -> FleetServer:

@@ -11,7 +11,6 @@ The folder has mode 0700, its files 0600. The keys are made here, never sent, an
 from __future__ import annotations
 
 import os
-import shlex
 import stat
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,13 +19,14 @@ from typing import Final
 
 from quorsum.config import CoordinatorConfig, load, write
 from quorsum.errors import KeyMaterialError, UsageError
+from quorsum.homes import COORDINATOR_HOME
 from quorsum.server.authority import create_authority
 from quorsum.server.store import Store
 
 __all__ = ["DEFAULT_HOME", "HOME_VARIABLE", "CoordinatorHome"]
 
-HOME_VARIABLE: Final = "QUORSUM_COORDINATOR_HOME"
-DEFAULT_HOME: Final = Path("quorsum-coordinator")
+HOME_VARIABLE: Final = COORDINATOR_HOME.variable
+DEFAULT_HOME: Final = COORDINATOR_HOME.folder
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ class CoordinatorHome:
 
     def command(self, *words: str) -> str:
         """A command of quorsum as it must be typed to mean this folder."""
-        usual = Path(os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
-        where = () if self.path == usual else ("--home", str(self.path))
-        return shlex.join(("quorsum", *words, *where))
+        return COORDINATOR_HOME.command(self.path, *words)
 
     @property
     def config_file(self) -> Path:
@@ -98,7 +96,7 @@ class CoordinatorHome:
         """
         if not self.config_file.exists():
             raise UsageError(
-                f"{self.path} is no coordinator's home; make one with: quorsum coordinator init --home {self.path}"
+                f"{self.path} is no coordinator's home; make one with: {self.command('coordinator', 'init')}"
             )
         mode = stat.S_IMODE(self.path.stat().st_mode)
         if os.name == "posix" and mode & 0o077:

@@ -20,8 +20,8 @@ class RoundRecord:
         invited: the sites asked to train.
         accepted: sites whose update is in the new model (weight > 0).
         rejected: invited sites whose update is not.
-        reasons: for each rejected site one sentence.
-        codes: for each rejected site a short stable reason.
+        reasons: for each rejected or quarantined site one sentence.
+        codes: for each rejected or quarantined site a short stable reason.
         weights: weight of each accepted site; they sum to 1 for the averaging rules.
         notes: what happened without costing anybody the round.
         failed: why the model did not change, or None.
@@ -31,6 +31,8 @@ class RoundRecord:
         bytes: ``up_per_site`` and ``down_per_site``, mean over the sites, arrays and blocks only.
         metrics: evaluation of the new model, when there was one.
         retried: why each attempt at the round ended that was followed by another; ``failed`` is about the last.
+        quarantined: sites that were not invited because of their record in earlier rounds; ``reasons`` and ``codes``
+            speak of them too.
     """
 
     round: int
@@ -47,6 +49,7 @@ class RoundRecord:
     bytes: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
     retried: tuple[str, ...] = ()
+    quarantined: tuple[Site, ...] = ()
 
     @property
     def attempts(self) -> int:

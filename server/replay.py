@@ -6,11 +6,13 @@ contents, because everything that decides about them comes from the journal too:
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
-from flwr.app import RecordDict
+from flwr.app import MetricRecord, RecordDict
 
 from quorsum import messages
 from quorsum.crypto.suite import Site
@@ -20,6 +22,9 @@ from quorsum.server.checkpoint import ExchangeLog, RoundJournal, Said
 from quorsum.server.exchange import Network, Traffic
 
 __all__ = ["RememberingNetwork"]
+
+# Begins what is kept of an evaluation; no message of ours begins like this.
+MEASURES = "measures "
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class RememberingNetwork(Network):
 def _said(site: Site, reply: RecordDict | SiteFault) -> Said:
     if isinstance(reply, SiteFault):
         return Said(site, "", fault=reply)
+    if not messages.has_header(reply) and reply.metric_records:
+        return Said(site, MEASURES + json.dumps(_measures(reply), sort_keys=True))
     try:
         message, blocks = messages.unpack(reply)
     except Refusal as refusal:
@@ -72,5 +79,19 @@ def _said(site: Site, reply: RecordDict | SiteFault) -> Said:
     return Said(site, message.model_dump_json(), blocks)
 
 
+def _measures(reply: RecordDict) -> dict[str, dict[str, int | float]]:
+    """The single numbers of an evaluation; nothing else of it is used."""
+    return {
+        name: {key: value for key, value in record.items() if isinstance(value, int | float) and math.isfinite(value)}
+        for name, record in reply.metric_records.items()
+    }
+
+
 def _told(said: Said) -> RecordDict | SiteFault:
-    return said.fault if said.fault is not None else messages.pack(messages.parse(said.header), said.blocks)
+    if said.fault is not None:
+        return said.fault
+    if said.header.startswith(MEASURES):
+        # What sites say of a model has no header of ours: they answer Flower's own evaluation message.
+        told = json.loads(said.header.removeprefix(MEASURES))
+        return RecordDict({name: MetricRecord(values) for name, values in told.items()})
+    return messages.pack(messages.parse(said.header), said.blocks)

@@ -25,7 +25,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 
 from quorsum import arrays, messages
 from quorsum.aggregation import Judgement, Rule, check_gram, judge, norm_gate
+from quorsum.aggregation.gram import lowest
+from quorsum.aggregation.reputation import Seen
 from quorsum.crypto.checks import check_opened
 from quorsum.crypto.dialogue import run_dialogue
 from quorsum.crypto.suite import Ask, Blocks, CoordinatorSuite, RandomBytes, RoundContext, RoundSuite, Site
@@ -43,13 +45,17 @@ from quorsum.errors import HidingSuspected, Refusal, RoundFailed, SiteFault, Usa
 from quorsum.server.exchange import Network, Traffic
 from quorsum.server.records import RoundRecord
 
-__all__ = ["Plan", "RoundOutcome", "expect", "play_round"]
+__all__ = ["WINDOW", "Plan", "RoundOutcome", "expect", "next_unit", "play_round"]
 
 
 # Sketches in the round after one in which somebody may have hidden from them.
 CAREFUL_SKETCHES = 16
 # The phase in which a site binds itself to one set for the whole round, and the one that opens a sum over it.
 BINDING, OPENING = "ticket", "sum"
+# Rounds whose norms decide together about the next reference norm, so that none does alone.
+WINDOW = 5
+# An update that was clipped to C is measured a little shorter or longer than C.
+AT_BOUND = 0.95
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """The model after a round, the reference norm and the number of sketches of the next one, and the record."""
+    """What came out of a round.
+
+    Attributes:
+        model: the model after it.
+        norm: what the round says about the reference norm, for :func:`next_unit`; None where nothing was opened.
+        sketches: their number in the next round.
+        record: of the round.
+        seen: what it says about its sites.
+    """
 
     model: ArrayRecord
-    unit: float
+    norm: float | None
     sketches: int
     record: RoundRecord
+    seen: Seen
 
 
 class _Unopened(RoundFailed):
@@ -147,12 +162,14 @@ class _Selection:
         gram: float64, shape (m, m).
         weights: the sites with a weight other than zero.
         tolerate: how many of these sites may still be malicious.
+        out: those of ``kept`` that the rule left out, worst first; where it weighs everybody, its f worst.
     """
 
     kept: tuple[Site, ...]
     gram: NDArray[np.float64]
     weights: dict[Site, float]
     tolerate: int
+    out: tuple[Site, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,10 +228,20 @@ def play_round(
     }
     return RoundOutcome(
         last.model,
-        _next_unit(unit, last.selection) if last.selection is not None else unit,
+        None if last.selection is None else _norm(plays[-1].context, last.selection),
         CAREFUL_SKETCHES if last.hidden else plan.sketches,
         _record(plays, ends, seconds),
+        _seen(plays, last.selection),
     )
+
+
+def _seen(plays: list[_Play], selection: _Selection | None) -> Seen:
+    """What a round says about its sites. A round that was not finished says only what is proven."""
+    # Elsewhere than under suites whose sites repeat it from signed messages, a proof may be somebody else's doing.
+    proven = {site: fault.message for play in plays if play.suite.selects for site, fault in play.ledger.proven.items()}
+    if selection is None:
+        return Seen((), (), proven)
+    return Seen(selection.kept, selection.out, proven, selection.gram)
 
 
 @dataclass(frozen=True)
@@ -351,8 +378,8 @@ def expect(kind: type[Any], site: Site, content: RecordDict) -> tuple[Any, Block
     """The reply as the message that is due.
 
     Raises:
-        SiteFault: it is another message, none at all, or the site's own refusal. Neither proves anything: where replies
-            are signed, it is for the nonce of an instruction, and who carries that may put another one beside it.
+        SiteFault: it is another message, none at all, or the site's own refusal. Neither proves anything: the
+            round does not know whether replies are signed, and a site with faulty software sends such messages too.
     """
     try:
         message, blocks = messages.unpack(content)
@@ -448,7 +475,19 @@ def _select(play: _Play, uploads: Mapping[Site, Any]) -> _Selection:
         )
     index = list(verdict.rows)
     kept = tuple(sites[row] for row in index)
-    return _Selection(kept, gram[np.ix_(index, index)], weights, verdict.tolerate)
+    out = _left_out(kept, np.array([weights.get(site, 0.0) for site in kept]), verdict.scores[index], verdict.tolerate)
+    voices = tuple(site for site in out if site != plan.reference)
+    return _Selection(kept, gram[np.ix_(index, index)], weights, verdict.tolerate, voices)
+
+
+def _left_out(
+    sites: tuple[Site, ...], weights: NDArray[np.float64], scores: NDArray[np.float64], tolerate: int
+) -> tuple[Site, ...]:
+    """Whom a rule left out, worst first; where it weighs everybody, those with its ``tolerate`` worst scores."""
+    out = weights == 0.0
+    if not out.any() and np.ptp(scores) > 0.0:
+        out = ~lowest(scores, len(scores) - tolerate)
+    return tuple(sites[row] for row in np.argsort(-scores, kind="stable") if out[row])
 
 
 def _coordinates(play: _Play, sites: tuple[Site, ...], gram: NDArray[np.float64]) -> _Selection:
@@ -526,21 +565,49 @@ def _open(play: _Play, uploads: Mapping[Site, Any], selection: _Selection) -> ND
             raise
         raise _Unopened(str(error), error.faults) from error
     # A site that lies while the sum is opened is outvoted; its own update was measured and selected before.
-    ledger.notes.extend(str(fault) for fault in opened.faults.values())
+    for fault in opened.faults.values():
+        ledger.note(fault)
     vector = np.array([selection.weights.get(site, 0.0) for site in selection.kept])
     tolerance, floor = suite.ratio_tolerance(context), suite.noise_floor(context, selection.weights)
     check_opened(opened.total, vector, selection.gram, tolerance, floor)
     return opened.total
 
 
-def _next_unit(unit: float, selection: _Selection) -> float:
-    """C of the next round: the median norm of the accepted updates, moved by at most a factor of two."""
-    squares = np.diagonal(selection.gram)
+def _norm(context: RoundContext, selection: _Selection) -> float | None:
+    """What a round says about the reference norm: the median norm of the accepted updates.
+
+    Where sites clip, a median that is C itself says only that the true one is not below. It is then taken for larger
+    the more updates are at the bound: C for half of them, 2 C for all.
+
+    Returns:
+        None where the median update is zero.
+    """
     norms = [
-        math.sqrt(max(g, 0.0)) for g, site in zip(squares, selection.kept, strict=True) if site in selection.weights
+        math.sqrt(max(g, 0.0))
+        for g, site in zip(np.diagonal(selection.gram), selection.kept, strict=True)
+        if site in selection.weights
     ]
     median = statistics.median(norms)
-    return min(max(median, unit / 2), unit * 2) if median > 0 else unit
+    if context.clip:
+        clipped = sum(norm >= AT_BOUND * context.unit for norm in norms) / len(norms)
+        if clipped > 0.5:
+            return context.unit * math.pow(2.0, 2.0 * clipped - 1.0)
+    return median if median > 0 else None
+
+
+def next_unit(unit: float, norms: Sequence[float]) -> float:
+    """C of the next round: the median over the last rounds of what each said, moved by at most a factor of two.
+
+    With f malicious sites among m accepted ones, what a round says lies between two quantiles of the honest norms,
+    (m / 2 - f) / (m - f) and (m / 2) / (m - f). The median over rounds keeps a single round from deciding.
+
+    Args:
+        unit: C > 0 of this round.
+        norms: what the last ``WINDOW`` rounds said, each > 0; may be empty.
+    """
+    if not norms:
+        return unit
+    return min(max(statistics.median(norms), unit / 2), unit * 2)
 
 
 def _faults(ledger: _Ledger) -> dict[str, Refusal]:

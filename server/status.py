@@ -26,6 +26,7 @@ from rich.text import Text
 
 from quorsum.durable import replace_file
 from quorsum.errors import SiteFault
+from quorsum.homes import COORDINATOR_HOME
 from quorsum.server.deployment import TOO_FEW
 from quorsum.server.records import RoundRecord
 from quorsum.server.store import RoundRow, RunRow, SiteRow, Store
@@ -375,8 +376,8 @@ def _refusals(records: Sequence[tuple[RoundRow, Mapping[str, Any]]]) -> Iterator
 # --- showing ---
 
 
-def table(seen: Mapping[str, Any], now: float) -> RenderableType:
-    """A view as people see it."""
+def table(seen: Mapping[str, Any], now: float, home: Path) -> RenderableType:
+    """A view as people see it; what to type next means the coordinator's folder ``home``."""
     parts: list[RenderableType] = [
         Text.assemble((f"{seen['federation']}: ", "bold"), (seen["process"], "" if seen["running"] else "bold red"))
     ]
@@ -387,7 +388,7 @@ def table(seen: Mapping[str, Any], now: float) -> RenderableType:
     for site in seen["sites"]:
         sites.add_row(*_site_cells(site, now))
     parts += [Text(""), sites if seen["sites"] else Text("no site has been enrolled")]
-    parts += [Text(""), *_run_lines(seen)]
+    parts += [Text(""), *_run_lines(seen, home)]
     if seen["refusals"]:
         parts += [Text(""), Text("left out last", "bold")]
         parts += [Text(f"  round {r['round']}: {r['site']}: {r['reason']} ({r['code']})") for r in seen["refusals"]]
@@ -409,10 +410,10 @@ def _site_cells(site: Mapping[str, Any], now: float) -> tuple[Text, ...]:
     )
 
 
-def _run_lines(seen: Mapping[str, Any]) -> list[RenderableType]:
+def _run_lines(seen: Mapping[str, Any], home: Path) -> list[RenderableType]:
     run = seen["run"]
     if run is None:
-        return [Text("no run has been asked for; begin one with: quorsum run APP")]
+        return [Text(f"no run has been asked for; begin one with: {COORDINATOR_HOME.command(home, 'run', 'APP')}")]
     detail = f" ({run['detail']})" if run["detail"] else ""
     lines: list[RenderableType] = [
         Text.assemble((f"run {run['id']}: ", "bold"), f"{run['name']}, {run['state']}{detail}; "
@@ -422,9 +423,8 @@ def _run_lines(seen: Mapping[str, Any]) -> list[RenderableType]:
         number = f"round {run['round']}, " if run["round"] else ""
         lines.append(Text(f"  {number}{run['phase']} since {when(run['since'])}"))
     if run["waiting"]:
-        step = (
-            "next: quorsum coordinator invite" if run["waiting"][-1].endswith(TOO_FEW) else "there: quorsum site start"
-        )
+        invite = COORDINATOR_HOME.command(home, "coordinator", "invite", "SITE")
+        step = f"next: {invite}" if run["waiting"][-1].endswith(TOO_FEW) else "there: quorsum site start"
         lines.append(Text(f"  waits for {', '.join(run['waiting'])}; {step}", "yellow"))
     lines += [Text(f"  {site}: {reason}", "yellow") for site, reason in run["left_out"].items()]
     if run["trouble"]:

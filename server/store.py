@@ -25,15 +25,16 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from quorsum.enrollment import Keys, State, check_state
+from quorsum.enrollment import Keys, State, check_state, key_epoch
 from quorsum.errors import DataError, KeyMaterialError, Refusal, UsageError
+from quorsum.homes import COORDINATOR_HOME
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -46,6 +47,7 @@ __all__ = [
     "RunState",
     "SiteRow",
     "Store",
+    "check_epoch",
 ]
 
 BUSY_S: Final = 15.0
@@ -718,9 +720,15 @@ class Store:
         """Keep a sealed key for its recipient.
 
         Raises:
-            Refusal: ``key-already-shared``: another member shares its key in this epoch.
+            Refusal: ``epoch-over``: the members are others than those it was sealed for; ``unknown-recipient``: it is
+                for no other member; ``key-already-shared``: another member shares its key in this epoch.
         """
         with self._writing() as connection:
+            # In here, so that nobody is revoked or let in between the look and the writing.
+            members = connection.execute("SELECT name, identity FROM sites WHERE state = 'approved'").fetchall()
+            check_epoch(relay.epoch, members)
+            if relay.recipient == relay.sender or relay.recipient not in {name for name, _ in members}:
+                raise Refusal("unknown-recipient", f"{relay.recipient} is no other member; ask for the roster again")
             row = connection.execute(
                 "SELECT sender FROM relays WHERE epoch = ? AND sender != ?", (relay.epoch, relay.sender)
             ).fetchone()
@@ -791,7 +799,7 @@ class Store:
         """
         rows = self._read(_RUN + "WHERE id = ?", number)
         if not rows:
-            raise UsageError(f"there is no run {number}; see: quorsum coordinator runs")
+            raise self._no_run(number)
         return RunRow(*rows[0])
 
     def bundle(self, number: int) -> bytes:
@@ -802,7 +810,7 @@ class Store:
         """
         rows = self._read("SELECT bundle FROM runs WHERE id = ?", number)
         if not rows:
-            raise UsageError(f"there is no run {number}; see: quorsum coordinator runs")
+            raise self._no_run(number)
         return bytes(rows[0][0])
 
     def next_run(self) -> RunRow | None:
@@ -823,7 +831,7 @@ class Store:
         with self._writing() as connection:
             row = connection.execute("SELECT state FROM runs WHERE id = ?", (number,)).fetchone()
             if row is None:
-                raise UsageError(f"there is no run {number}; see: quorsum coordinator runs")
+                raise self._no_run(number)
             if state != row[0] and state not in _NEXT_STATES[row[0]]:
                 raise UsageError(f"run {number} is {row[0]} and cannot become {state}")
             ended = now if not _NEXT_STATES[state] else None
@@ -843,7 +851,7 @@ class Store:
         _check_object("record", record)
         with self._writing() as connection:
             if connection.execute("SELECT 1 FROM runs WHERE id = ?", (run,)).fetchone() is None:
-                raise UsageError(f"there is no run {run}; see: quorsum coordinator runs")
+                raise self._no_run(run)
             old = connection.execute("SELECT record FROM rounds WHERE run = ? AND number = ?", (run, number)).fetchone()
             if old is not None and old[0] != record:
                 raise UsageError(f"round {number} of run {run} has been recorded, with another outcome")
@@ -871,6 +879,10 @@ class Store:
         return tuple(Event(*row) for row in rows)
 
     # Underneath.
+
+    def _no_run(self, number: int) -> UsageError:
+        see = COORDINATOR_HOME.command(self._path.parent, "coordinator", "runs")
+        return UsageError(f"there is no run {number}; see: {see}")
 
     def _read(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._errors(), self._lock:
@@ -900,6 +912,18 @@ class Store:
             raise UsageError(f"{self._path}: {error}") from None
         except sqlite3.DatabaseError as error:
             raise DataError("state-damaged", f"{self._path}: {error}; restore it from a backup") from None
+
+
+def check_epoch(epoch: str, members: Iterable[tuple[str, str]]) -> None:
+    """Whether an epoch is that of these members, given by name and identity.
+
+    Raises:
+        Refusal: ``epoch-over``.
+    """
+    if epoch != key_epoch(members):
+        raise Refusal(
+            "epoch-over", "the members have changed, and with them the key; ask for the roster, then share a new key"
+        )
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:

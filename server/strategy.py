@@ -21,8 +21,10 @@ import math
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -30,6 +32,7 @@ from flwr.serverapp import Grid
 
 from quorsum import arrays, messages
 from quorsum.aggregation import parse_rule
+from quorsum.aggregation.reputation import Reputation, ReputationPolicy, in_quarantine, judged, serving
 from quorsum.crypto import SealedCoordinator
 from quorsum.crypto.randomness import stretched
 from quorsum.crypto.suite import MOST_ATTEMPTS, CoordinatorSuite, RandomBytes, Site
@@ -38,9 +41,10 @@ from quorsum.selection import one_attempt, select
 from quorsum.server.checkpoint import NoRun, RoundJournal, RunState
 from quorsum.server.deployment import TOO_FEW, Deployment, Member, RunStopped, deployment_of
 from quorsum.server.exchange import Network, Traffic
+from quorsum.server.gate import COORDINATOR, Gate, Verdict, Votes, Watched, decide, read, watched
 from quorsum.server.records import QuorumResult, RoundRecord
 from quorsum.server.replay import RememberingNetwork
-from quorsum.server.round import Plan, expect, play_round
+from quorsum.server.round import WINDOW, Plan, RoundOutcome, expect, next_unit, play_round
 
 __all__ = ["QuorumStrategy"]
 
@@ -96,6 +100,9 @@ class QuorumStrategy:
         reference: name of a trusted site, for rules that need a reference row. Every site learns it. It is one of the
             n; if it is the coordinator's own, it is one of the tau as well.
         fraction_evaluate: share of sites that evaluate the new model after each round; 0 for none.
+        reputation: when a site that is left out again and again is not invited for a while; None for never.
+        gate: what a new model must not do, or it is not adopted; None adopts what the rule gives. It needs what sites
+            evaluate, or ``evaluate_fn``.
         random_bytes: source of randomness; leave the operating system's in production.
         on_round: told the record of every finished round.
         on_phase: told round number and phase as they begin.
@@ -116,6 +123,8 @@ class QuorumStrategy:
         sketches: int = 4,
         reference: Site | None = None,
         fraction_evaluate: float = 1.0,
+        reputation: ReputationPolicy | None = None,
+        gate: Gate | None = None,
         random_bytes: RandomBytes = os.urandom,
         on_round: Callable[[RoundRecord], None] | None = None,
         on_phase: Callable[[int, str], None] | None = None,
@@ -144,6 +153,8 @@ class QuorumStrategy:
         self.sketches = sketches
         self.reference = reference if self.rule.needs_reference else None
         self.fraction_evaluate = fraction_evaluate
+        self.reputation = reputation
+        self.gate = gate
         self.random_bytes = random_bytes
         self.on_round = on_round or _log_round
         self.on_phase = on_phase or (lambda number, phase: None)
@@ -164,7 +175,10 @@ class QuorumStrategy:
             BoundError: too few sites for the rule and the number of malicious ones to tolerate.
             RoundFailed: no usable site answered the roster call; or, on a quorsum coordinator, too many rounds failed.
             RunStopped: the run was stopped; what it has finished is kept.
+            UsageError: there is a gate and nobody who evaluates.
         """
+        if self.gate is not None and evaluate_fn is None and self.fraction_evaluate == 0:
+            raise UsageError("a gate needs somebody who evaluates: set fraction_evaluate above 0, or pass evaluate_fn")
         deployment = deployment_of(grid)
         journal = NoRun() if deployment is None else deployment.journal()
         state = journal.load()
@@ -183,7 +197,9 @@ class QuorumStrategy:
             _evaluate_centrally(evaluate_fn, 0, state.model, result)
         while state.finished < num_rounds:
             open_round = journal.round(state.number + 1)
-            now = roster or self._roster_of(open_round, grid, deployment, state, timeout)
+            now = self._roster_of(open_round, grid, deployment, state, timeout) if roster is None else roster
+            if deployment is None:
+                now = self._less(now, self._serving(state, now.network.nodes))
             config = ConfigRecord({**(train_config or {}), "server-round": state.finished + 1})
             asked = ConfigRecord({**(evaluate_config or {}), "server-round": state.finished + 1})
             state = self._round(now, open_round, state, config, asked, evaluate_fn, result)
@@ -211,17 +227,21 @@ class QuorumStrategy:
     ) -> RunState:
         """Play one round and evaluate; the run after it."""
         number, network = state.number + 1, roster.network
+        sentenced = in_quarantine(state.reputation, number) if self.reputation is not None else {}
+        away = {site: reason for site, reason in sentenced.items() if site not in network.nodes}
+        random_bytes = stretched(lambda count: open_round.seed(self.random_bytes))
         plan = Plan(
             run=state.run,
             suite=roster.suite,
             keys=roster.keys,
             rule=self.rule,
-            tolerate=state.tolerate,
+            tolerate=self._left(state.tolerate, len(away)),
+            # Whoever pools what it knows with the coordinator does so in quarantine as well.
             collude=self._colluding(state.tolerate),
             clip=self.clip,
             sketches=state.sketches,
             reference=self.reference,
-            random_bytes=stretched(lambda count: open_round.seed(self.random_bytes)),
+            random_bytes=random_bytes,
             # Sites that repeat the selection bind themselves to one set, which is what makes a second attempt safe;
             # rules that may keep few sites may choose a set in which those who are bound are not.
             attempts=MOST_ATTEMPTS if roster.suite.selects and not one_attempt(self.rule) else 1,
@@ -230,27 +250,83 @@ class QuorumStrategy:
         remembering = RememberingNetwork(
             network.grid, network.nodes, network.timeout, network.identities, network.random_bytes, journal=open_round
         )
+        evaluation = _Evaluation(self, remembering, evaluate_config, evaluate_fn, result, random_bytes)
+        before = state.watched
+        if self.gate is not None and not before.reported:
+            before = watched(before, evaluation.votes(state.number, state.model, state.tolerate), self.gate)
         outcome = play_round(plan, remembering, number, state.model, state.unit, config)
         plan.on_phase(number, "evaluate")
-        metrics = _evaluate_centrally(evaluate_fn, number, outcome.model, result)
-        if self.fraction_evaluate > 0:
-            at_sites = self._evaluate_at_sites(network, number, outcome.model, evaluate_config, state.tolerate)
-            result.evaluate_metrics_clientapp[number] = MetricRecord(dict(at_sites))
-            metrics = {**at_sites, **metrics}
-        record = replace(outcome.record, metrics=metrics)
+        record, after = self._passed(evaluation, number, state, before, outcome)
+        adopted = record.failed is None
+        reputation = state.reputation
+        if self.reputation is not None:
+            trusted = () if self.reference is None else (self.reference,)
+            reputation = judged(self.reputation, reputation, outcome.seen, number, state.tolerate, trusted)
+            record = _with_quarantine(record, away, state.reputation, reputation)
+        norms = state.norms
+        if adopted and outcome.norm is not None:
+            norms = (*norms, outcome.norm)[-WINDOW:]
         # On a coordinator of ours a failed round is followed by another one; elsewhere as many rounds are played as
         # were asked for.
-        counts = record.failed is None or deployment_of(network.grid) is None
+        counts = adopted or deployment_of(network.grid) is None
         return replace(
             state,
             number=number,
             finished=state.finished + counts,
-            unit=outcome.unit,
+            unit=next_unit(state.unit, norms) if adopted else state.unit,
             # More sketches for one round after somebody may have hidden from them.
             sketches=outcome.sketches if record.failed else self.sketches,
-            model=outcome.model,
+            model=outcome.model if adopted else state.model,
             records=(*state.records, record),
+            norms=norms,
+            reputation=reputation,
+            watched=after,
         )
+
+    def _passed(
+        self, evaluation: _Evaluation, number: int, state: RunState, before: Watched, outcome: RoundOutcome
+    ) -> tuple[RoundRecord, Watched]:
+        """The record of a round with the evaluation of the model that is in force after it, and what to remember."""
+        votes = evaluation.votes(number, outcome.model, state.tolerate)
+        record = outcome.record
+        if self.gate is None or record.failed is not None:
+            return replace(record, metrics=_metrics(votes)), before
+        verdict = _verdict(self.gate, before, votes, state.tolerate)
+        after = watched(before, votes, self.gate, verdict)
+        if verdict.adopt:
+            unseen = () if verdict.voters else ("gate: nobody could compare the new model; it was adopted",)
+            return replace(record, metrics=_metrics(votes), notes=(*record.notes, *unseen)), after
+        attention = after.turned_down >= self.gate.attention
+        if attention:
+            log.warning("[quorsum] round %d: %s", number, _attention(after))
+        evaluation.in_force(number, state.model, after.reported)
+        return _turned_down(record, verdict, after, _metrics(votes), attention=attention), after
+
+    def _left(self, tolerate: int, away: int) -> int:
+        """F of a round in which so many sites are in quarantine."""
+        counted = away if self.reputation is not None and self.reputation.count_off else 0
+        return max(0, tolerate - counted)
+
+    def _serving(self, state: RunState, present: Collection[Site]) -> frozenset[Site]:
+        """Who of those present is in quarantine in the next round, as far as enough others remain."""
+        if self.reputation is None:
+            return frozenset()
+        number = state.number + 1
+        sentenced = in_quarantine(state.reputation, number).keys()
+        absent = len(sentenced - set(present))
+        for away in range(len(sentenced) - absent, 0, -1):
+            need = self._least_sites(self._left(state.tolerate, absent + away), self._colluding(state.tolerate))
+            if len(present) - away >= need:
+                return serving(state.reputation, number, present, len(present) - away)
+        return frozenset()
+
+    def _less(self, roster: _Roster, away: Collection[Site]) -> _Roster:
+        """The roster without some sites."""
+        if not away:
+            return roster
+        nodes = {site: node for site, node in roster.network.nodes.items() if site not in away}
+        keys = {site: key for site, key in roster.keys.items() if site not in away}
+        return self._adopted(replace(roster.network, nodes=nodes), keys, roster.left_out)
 
     def _phase_of(self, grid: Grid) -> Callable[[int, str], None]:
         deployment = deployment_of(grid)
@@ -332,9 +408,10 @@ class QuorumStrategy:
         """The roster of an open round: the one it began with, or a fresh one."""
         begun = open_round.roster()
         if begun is None:
-            need = self._least_sites(state.tolerate)
+            sentenced = in_quarantine(state.reputation, state.number + 1) if self.reputation is not None else {}
+            need = self._least_sites(self._left(state.tolerate, len(sentenced)), self._colluding(state.tolerate))
             last = state.records[-1].invited if state.records else None
-            roster = self._gathered(grid, deployment, state.run, timeout, need, last)
+            roster = self._gathered(grid, deployment, state.run, timeout, need, last, partial(self._serving, state))
             open_round.begin(roster.keys)
             return roster
         members = deployment.members() if deployment is not None else {}
@@ -351,10 +428,12 @@ class QuorumStrategy:
         timeout: float,
         need: int,
         last: Collection[Site] | None,
+        away: Callable[[Collection[Site]], Collection[Site]] = lambda present: (),
     ) -> _Roster:
         """Members that are connected and have introduced themselves: all that are expected, or after a while enough.
 
-        Expected are the sites of the last round, at first all members: who has been away for a round is not waited for.
+        Expected are the sites of the last round, at first all members: who has been away for a round is not waited for,
+        and who is in quarantine, of those present as ``away`` says, not asked.
 
         Raises:
             RunStopped: the run is to end while it waits.
@@ -367,6 +446,9 @@ class QuorumStrategy:
                 raise RunStopped("the run was stopped while it waited for sites")
             members, online = deployment.members(), deployment.online()
             present = {member.site: node for node, member in members.items() if node in online}
+            serve = away(present)
+            present = {site: node for site, node in present.items() if site not in serve}
+            members = {node: member for node, member in members.items() if member.site not in serve}
             expected = {member.site for member in members.values() if last is None or member.site in last}
             late = time.monotonic() > patience
             roster = None
@@ -383,7 +465,7 @@ class QuorumStrategy:
                     return replace(roster, network=replace(roster.network, timeout=timeout))
             there = roster.network.nodes if roster is not None else present
             awaited = sorted(member.site for member in members.values() if member.site not in there)
-            short = need - len(members)
+            short = need - len(members) - len(serve)
             deployment.waiting([*awaited, f"{short} {TOO_FEW}"] if short > 0 else awaited)
             time.sleep(NODE_PAUSE)
 
@@ -406,14 +488,15 @@ class QuorumStrategy:
             BoundError: rule and suite cannot tolerate that many with the sites present.
         """
         if self.tolerate is None:
-            able = [f for f in range(sites) if self._least_sites(f) <= sites]
+            able = [f for f in range(sites) if self._least_sites(f, self._colluding(f)) <= sites]
             if not able:
+                least = self._least_sites(0, self._colluding(0))
                 raise BoundError(
-                    f"{self.rule.name} under {self.suite.name} needs at least {self._least_sites(0)} sites, {sites} "
-                    "are there; connect more or choose another rule"
+                    f"{self.rule.name} under {self.suite.name} needs at least {least} sites, {sites} are there; "
+                    "connect more or choose another rule"
                 )
             return max(able)
-        need = self._least_sites(self.tolerate)
+        need = self._least_sites(self.tolerate, self._colluding(self.tolerate))
         if sites < need:
             raise BoundError(
                 f"{self.rule.name} under {self.suite.name} needs at least {need} sites to tolerate {self.tolerate} "
@@ -421,33 +504,151 @@ class QuorumStrategy:
             )
         return self.tolerate
 
-    def _least_sites(self, tolerate: int) -> int:
-        judged = self.rule.minimum_sites(tolerate) + (self.reference is not None)
-        return max(judged, self.suite.least_sites(tolerate, self._colluding(tolerate)))
+    def _least_sites(self, tolerate: int, collude: int) -> int:
+        voices = self.rule.minimum_sites(tolerate) + (self.reference is not None)
+        return max(voices, self.suite.least_sites(tolerate, collude))
 
     def _colluding(self, tolerate: int) -> int:
         """Tau: as many as f, and at least one."""
         return max(1, tolerate) if self.collude is None else self.collude
 
-    def _evaluate_at_sites(
-        self, network: Network, number: int, model: ArrayRecord, config: ConfigRecord, tolerate: int
-    ) -> dict[str, float]:
-        """Median over the sites of every metric they report: a site that lies moves it little, a weighted mean much."""
-        names = sorted(network.nodes)
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """How the models of one round are evaluated: at sites, and with the coordinator's own data.
+
+    Attributes:
+        strategy: whose settings hold.
+        network: the sites, with the memory of the round, so that a coordinator that comes back decides the same.
+        config: for the sites' apps.
+        evaluate_fn: the coordinator's own evaluation, or None.
+        result: told the outcome.
+        random_bytes: the coordinator's randomness in this round.
+    """
+
+    strategy: QuorumStrategy
+    network: Network
+    config: ConfigRecord
+    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None
+    result: QuorumResult
+    random_bytes: RandomBytes
+
+    def votes(self, number: int, model: ArrayRecord, tolerate: int) -> Votes:
+        """What sites and coordinator say of a model."""
+        central = self.central(number, model)
+        at_sites = self._at_sites(number, model, tolerate) if self.strategy.fraction_evaluate > 0 else {}
+        if self.strategy.fraction_evaluate > 0:
+            self.result.evaluate_metrics_clientapp[number] = MetricRecord(dict(_metrics(at_sites)))
+        return {**at_sites, **({COORDINATOR: central} if central else {})}
+
+    def central(self, number: int, model: ArrayRecord) -> dict[str, float]:
+        """What the coordinator says of a model."""
+        return _evaluate_centrally(self.evaluate_fn, number, model, self.result)
+
+    def in_force(self, number: int, model: ArrayRecord, reported: Votes) -> None:
+        """Say in the result of the round how the model is that goes on, in place of one that was turned down."""
+        self.central(number, model)
+        if self.strategy.fraction_evaluate > 0:
+            at_sites = {site: said for site, said in reported.items() if site != COORDINATOR}
+            self.result.evaluate_metrics_clientapp[number] = MetricRecord(dict(_metrics(at_sites)))
+
+    def _at_sites(self, number: int, model: ArrayRecord, tolerate: int) -> dict[Site, dict[str, float]]:
+        names = sorted(self.network.nodes)
         draw = np.random.default_rng(int.from_bytes(self.random_bytes(16), "little"))
-        size = max(1, math.ceil(self.fraction_evaluate * len(names)))
+        size = max(1, math.ceil(self.strategy.fraction_evaluate * len(names)))
         chosen = [names[k] for k in sorted(draw.choice(len(names), size, replace=False))]
-        content = RecordDict({"arrays": model, "config": config})
-        votes: dict[str, dict[Site, float]] = {}
-        for site, reply in network.exchange(dict.fromkeys(chosen, content), f"{number}", Traffic(), "evaluate"):
+        content = RecordDict({"arrays": model, "config": self.config})
+        said: dict[Site, dict[str, float]] = {}
+        asked = dict.fromkeys(chosen, content)
+        for site, reply in self.network.exchange(asked, f"{number}", Traffic(), "evaluate"):
             if isinstance(reply, RecordDict):
                 for record in reply.metric_records.values():
                     for name, value in record.items():
                         if name != EXAMPLES and isinstance(value, int | float) and math.isfinite(value):
                             # One vote per site and measure: the first.
-                            votes.setdefault(name, {}).setdefault(site, float(value))
+                            said.setdefault(site, {}).setdefault(name, float(value))
         # A measure that no more sites report than may be malicious may be invented.
-        return {name: statistics.median(seen.values()) for name, seen in votes.items() if len(seen) > tolerate}
+        reporting = Counter(name for one in said.values() for name in one)
+        return {
+            site: {name: value for name, value in one.items() if reporting[name] > tolerate}
+            for site, one in said.items()
+        }
+
+
+def _metrics(votes: Votes) -> dict[str, float]:
+    """Median over the sites of every measure, which a site that lies moves little; the coordinator's own go first."""
+    values: dict[str, list[float]] = {}
+    for site, said in votes.items():
+        if site != COORDINATOR:
+            for name, value in said.items():
+                values.setdefault(name, []).append(value)
+    return {name: statistics.median(seen) for name, seen in values.items()} | dict(votes.get(COORDINATOR, {}))
+
+
+def _verdict(gate: Gate, before: Watched, votes: Votes, tolerate: int) -> Verdict:
+    """The gate's verdict on a model by what the sites say, f of whom may lie, and by what the coordinator says."""
+    seen = {voter: read(gate, said) for voter, said in votes.items()}
+    own = {voter: said for voter, said in seen.items() if voter == COORDINATOR}
+    sites = {voter: said for voter, said in seen.items() if voter != COORDINATOR}
+    settled = before.adopted >= gate.settle
+    verdicts = [
+        decide(before.votes, sites, gate, tolerate, settled=settled),
+        decide(before.votes, own, gate, 0, settled=settled),
+    ]
+    return Verdict(
+        all(verdict.adopt for verdict in verdicts),
+        tuple(reason for verdict in verdicts for reason in verdict.reasons),
+        sum(verdict.voters for verdict in verdicts),
+    )
+
+
+def _attention(after: Watched) -> str:
+    return (
+        f"{after.turned_down} models in a row were turned down; look at who was accepted in these rounds, and whether "
+        "the gate's limits suit the noise of the validation data"
+    )
+
+
+def _turned_down(
+    record: RoundRecord, verdict: Verdict, after: Watched, of_new: Mapping[str, float], *, attention: bool
+) -> RoundRecord:
+    """The record of a round whose model was not adopted: nobody's update is in the model that goes on."""
+    sentence = "was in a model that the gate turned down"
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in sorted(of_new.items())[:8])
+    notes = (
+        *record.notes,
+        f"gate: the sum over {', '.join(record.accepted)} was opened and is not used; it had {measured}",
+        *((f"gate: {_attention(after)}",) if attention else ()),
+    )
+    return replace(
+        record,
+        accepted=(),
+        rejected=record.invited,
+        reasons={**record.reasons, **dict.fromkeys(record.accepted, sentence)},
+        codes={**record.codes, **dict.fromkeys(record.accepted, "gate")},
+        weights={},
+        notes=notes,
+        failed=f"gate: {'; '.join(verdict.reasons)}; the model stays as it was",
+        metrics=_metrics(after.reported),
+    )
+
+
+def _with_quarantine(
+    record: RoundRecord, away: Mapping[Site, str], before: Reputation, after: Reputation
+) -> RoundRecord:
+    """The record with those in quarantine, and a note about each whose quarantine begins."""
+    begun = (
+        f"site {site}: in quarantine until round {standing.until}, offence {standing.offences}: {standing.reason}"
+        for site, standing in after.standings.items()
+        if standing.offences > before.of(site).offences
+    )
+    return replace(
+        record,
+        quarantined=tuple(sorted(away)),
+        reasons={**record.reasons, **away},
+        codes={**record.codes, **dict.fromkeys(away, "quarantined")},
+        notes=(*record.notes, *begun),
+    )
 
 
 def first_unit(model: ArrayRecord) -> float:

@@ -39,6 +39,11 @@ STRENGTHS: tuple[float, ...] = tuple(sorted([0.0, *_SIZES, *(-size for size in _
 
 _COARSE = tuple(sorted([*(s := (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)), *(-size for size in s)]))
 _REFINEMENTS = 7
+# How much of an update hides that its sender has friends, and how long it is against the honest ones.
+_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)
+_LENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0, 16.0)
+# Below any norm that is a norm.
+_TINY = 1e-300
 _ROUNDS_LOOKED_BACK = 8
 
 NOISE = math.sqrt(2.0 / (4096 * 4))
@@ -133,6 +138,43 @@ def opt_alie(honest: NDArray[np.floating], malicious: int, defence: Defence) -> 
         lambda sent: damage(rows, sent, malicious, defence),
         _shifts(len(rows) + malicious, malicious),
     )[0]
+
+
+def opt_spread(
+    honest: NDArray[np.floating], malicious: int, defence: Defence, generator: np.random.Generator
+) -> Floats:
+    """Updates against the honest mean that are no copies of each other, the set of them that does the most damage.
+
+    ``s (-sqrt(1 - b) mu / |mu| + sqrt(b) e_k)`` with random directions ``e_k`` of length 1, for shares b of what hides
+    and lengths s in units of the median honest norm. Against defences that look for sites that are too alike; with
+    b = 0 it is inner-product manipulation.
+
+    Args:
+        honest: shape (h, d).
+        malicious: m.
+        defence: what the coordinator makes of n updates.
+        generator: draws the directions; attackers that are to agree must use the same.
+
+    Returns:
+        float64, shape (m, d), a row for each attacker.
+    """
+    rows = honest.astype(np.float64)
+    mu = rows.mean(axis=0)
+    against = -mu / max(float(np.linalg.norm(mu)), _TINY)
+    hide = generator.standard_normal((malicious, len(mu)))
+    hide /= np.maximum(np.linalg.norm(hide, axis=1, keepdims=True), _TINY)
+    length = float(np.median(np.linalg.norm(rows, axis=1)))
+
+    def hurt(sent: Floats) -> float:
+        moved = float(np.linalg.norm(defence(np.vstack([rows, sent])) - mu))
+        return moved if math.isfinite(moved) else 0.0
+
+    tries = (
+        scale * length * (math.sqrt(1.0 - share) * against + math.sqrt(share) * hide)
+        for share in _SHARES
+        for scale in _LENGTHS
+    )
+    return max(tries, key=hurt)
 
 
 def _shifts(sites: int, malicious: int) -> tuple[float, ...]:

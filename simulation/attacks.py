@@ -21,6 +21,7 @@ min-max, min-sum     mu + gamma p, the largest gamma unseen      all honest    S
 fang                 against trimmed mean, or against Krum       all honest    Fang et al., USENIX Security 2020
 mimic                the honest update with most to say          all honest    Karimireddy et al., ICLR 2022
 opt-ipm, opt-alie    the same with the strength that hurts most  and the rule  Allouah et al., AISTATS 2023 (ByzFL)
+opt-spread           against the mean, and no two alike          and the rule  a search of quorsum's own
 gram-aware           the worst that the rule lets through        and the rule  a search of quorsum's own
 backdoor             boost x, learnt with a trigger              own data      Bagdasaryan et al., AISTATS 2020
 dba                  the same, each a part of the trigger        own data      Xie et al., ICLR 2020
@@ -384,6 +385,12 @@ def _gram_aware(view: AttackView, p: Parameters) -> NDArray[np.floating]:
     )
 
 
+def _spread(view: AttackView, _: Parameters) -> NDArray[np.floating]:
+    # The number of the round is what attackers agree on without another word.
+    agreed = np.random.default_rng(view.round)
+    return adaptive.opt_spread(_honest(view), view.malicious, _defence(view), agreed)[view.position]
+
+
 def _boost(view: AttackView, p: Parameters) -> float:
     # Averaged over n sites, m of which do the same, this replaces the global model by the attackers' own.
     return _number(p, "boost", view.sites / view.malicious)
@@ -507,6 +514,7 @@ _KINDS: Mapping[str, _Kind] = MappingProxyType(
             knows="all honest and the rule",
             alike=True,
         ),
+        "opt-spread": _Kind(_spread, knows="all honest and the rule"),
         "gram-aware": _Kind(
             _gram_aware,
             {"noise": _Option(round(adaptive.NOISE, 3), high=1.0, from_zero=True)},

@@ -116,7 +116,7 @@ class Attacker:
         return {"learner": self.learner, "defence": self.defence}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(state["learner"], state["defence"])  # type: ignore[misc, arg-type]
+        self.__init__(state["learner"], state["defence"])  # type: ignore[misc]
 
     def overhear(self, message: Message) -> None:
         """Take from the instruction to train the norm that sites clip to."""

@@ -13,10 +13,12 @@ import threading
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from quorsum import arrays
+from quorsum.simulation.dataset import InputArray
 from quorsum.simulation.models import learnable, load_learnable, train_locally
 from quorsum.simulation.world import World
 
@@ -40,6 +42,9 @@ class Learner:
         self.world = world
         self._locks = [threading.Lock() for _ in world.parts]
         self._last: dict[int, _Learnt] = {}
+        self._rows: dict[int, tuple[InputArray, NDArray[np.int64]]] = {}
+        # A model to train in for each thread: making one takes longer than a step of training.
+        self._desk = threading.local()
 
     def __getstate__(self) -> dict[str, World]:
         return {"world": self.world}
@@ -72,9 +77,11 @@ class Learner:
     def _trained(self, partition: int, number: int, model: ArrayRecord) -> NDArray[np.float32]:
         """The difference that local training makes: a pure function of the arguments and the seed."""
         world, training = self.world, self.world.training
-        network = world.new_model()
+        network = self._network()
         load_learnable(network, model.to_torch_state_dict())
-        x, y = world.rows(partition)
+        if partition not in self._rows:
+            self._rows[partition] = world.rows(partition)
+        x, y = self._rows[partition]
         stream = np.random.SeedSequence([world.seed, number, partition]).generate_state(1, np.uint64)
         train_locally(
             network,
@@ -88,3 +95,9 @@ class Learner:
             momentum=training.momentum,
         )
         return arrays.difference(ArrayRecord(learnable(network)), model)
+
+    def _network(self) -> torch.nn.Module:
+        if not hasattr(self._desk, "network"):
+            self._desk.network = self.world.new_model()
+        network: torch.nn.Module = self._desk.network
+        return network

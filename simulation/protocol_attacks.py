@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ from quorsum.crypto.sealed_site import (
 )
 from quorsum.crypto.sealed_wire import pack_message
 from quorsum.crypto.sharing import Deal, deal_shares
-from quorsum.crypto.suite import Blocks, Keep, RandomBytes, RoundContext, SiteSuite, Vector
+from quorsum.crypto.suite import Blocks, Keep, RandomBytes, RoundContext, Site, SiteSuite, Vector
 from quorsum.crypto.xof import uniform_blocks
 from quorsum.errors import CoordinatorFault, UsageError
 
@@ -52,6 +52,7 @@ __all__ = [
 
 Integers = NDArray[np.int64]
 SuiteT = TypeVar("SuiteT", bound=SiteSuite)
+Signed: TypeAlias = Callable[[RoundContext, bytes, tuple[Site, ...], bytes], tuple[str, bytes, bytes, bytes, bytes]]
 
 ENERGY = 4.0
 """Squared norm of what hides or is oversized, in squared reference norms."""
@@ -257,8 +258,18 @@ def _nonzero(context: RoundContext, nth: int, deal: Deal, random_bytes: RandomBy
     return replace(deal, zeros=zeros)
 
 
-class _WrongPoints(ProtocolAttacker):
-    """Wrong and correctly signed points; ``entries`` says how many of them, None all."""
+class _WrongNumbers(ProtocolAttacker):
+    """Wrong and correctly signed numbers in one phase; ``entries`` says how many of them, None all.
+
+    Attributes:
+        phase: in which.
+        about: the fact of the state that names the sites the numbers are about.
+        signed: label and parts of what is signed with them.
+    """
+
+    phase: ClassVar[str]
+    about: ClassVar[str]
+    signed: Signed
 
     def __init__(self, site: SealedSite, entries: int | None = None) -> None:
         super().__init__(site)
@@ -267,30 +278,24 @@ class _WrongPoints(ProtocolAttacker):
     def change(
         self, context: RoundContext, state: SiteState, phase: str, blocks: Blocks, random_bytes: RandomBytes
     ) -> Blocks:
-        if phase != "gram":
+        if phase != self.phase:
             return blocks
-        points = _spoilt(field.from_bytes(blocks[1]), self.entries, random_bytes)
-        view, accepted = bytes.fromhex(state.facts["view"]), tuple(state.facts["accepted"])
-        statement = points_statement(context, view, accepted, field.to_bytes(points))
-        return pack_message({"signature": self.site.identity.sign(*statement).hex()}, points)
+        values = _spoilt(field.from_bytes(blocks[1]), self.entries, random_bytes)
+        view, sites = bytes.fromhex(state.facts["view"]), tuple(state.facts[self.about])
+        statement = self.signed(context, view, sites, field.to_bytes(values))
+        return pack_message({"signature": self.site.identity.sign(*statement).hex()}, values)
 
 
-class _WrongSum(ProtocolAttacker):
-    """A wrong and correctly signed share of the sum of the keys; ``entries`` as for the points."""
+class _WrongPoints(_WrongNumbers):
+    """Wrong points of the Gram matrix."""
 
-    def __init__(self, site: SealedSite, entries: int | None = None) -> None:
-        super().__init__(site)
-        self.entries = entries
+    phase, about, signed = "gram", "accepted", staticmethod(points_statement)
 
-    def change(
-        self, context: RoundContext, state: SiteState, phase: str, blocks: Blocks, random_bytes: RandomBytes
-    ) -> Blocks:
-        if phase != "sum":
-            return blocks
-        share = _spoilt(field.from_bytes(blocks[1]), self.entries, random_bytes)
-        view, chosen = bytes.fromhex(state.facts["view"]), tuple(state.facts["selected"])
-        statement = sum_statement(context, view, chosen, field.to_bytes(share))
-        return pack_message({"signature": self.site.identity.sign(*statement).hex()}, share)
+
+class _WrongSum(_WrongNumbers):
+    """A wrong share of the sum of the keys."""
+
+    phase, about, signed = "sum", "selected", staticmethod(sum_statement)
 
 
 class _WrongCheck(ProtocolAttacker):

@@ -21,6 +21,8 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from quorsum.aggregation import Rule, parse_rule
+from quorsum.aggregation.reputation import ReputationPolicy
+from quorsum.aggregation.sybils import SybilPolicy
 from quorsum.crypto import (
     CkksCoordinator,
     CkksSite,
@@ -36,17 +38,18 @@ from quorsum.crypto.suite import CoordinatorSuite, SiteSuite
 from quorsum.errors import BoundError, UsageError
 from quorsum.selection import select
 from quorsum.server import QuorumResult, QuorumStrategy, RoundRecord
+from quorsum.server.gate import Gate
 from quorsum.simulation.attacks import parse_attack
 from quorsum.simulation.data import Dataset, load_dataset
 from quorsum.simulation.defence import Defence
 from quorsum.simulation.federation import client_app
 from quorsum.simulation.grid import LocalGrid
-from quorsum.simulation.models import MODELS, attack_success, evaluate, learnable, load_learnable
 from quorsum.simulation.metrics import primary_metric
+from quorsum.simulation.models import MODELS, attack_success, evaluate, learnable, load_learnable
 from quorsum.simulation.partition import parse_split, partition
 from quorsum.simulation.world import Training, World, site_name
 
-__all__ = ["RUNTIMES", "SUITES", "Simulation", "simulate"]
+__all__ = ["RUNTIMES", "SUITES", "Simulation", "build_world", "simulate"]
 
 SCHEMA_VERSION = 1
 SUITES = ("sealed", "ckks", "plain")
@@ -144,21 +147,7 @@ class Simulation:
             raise UsageError(f"--rounds must be 1 or more, got {self.rounds}")
         if self.suite not in SUITES:
             raise UsageError(f"no suite is called {self.suite!r}; known: {', '.join(SUITES)}")
-        if self.runtime not in RUNTIMES:
-            raise UsageError(f"no runtime is called {self.runtime!r}; known: {', '.join(RUNTIMES)}")
-        if self.alpha is not None and self.split is not None:
-            raise UsageError(
-                f"--alpha {self.alpha:g} and --split {self.split} both deal out the data: give one of them"
-            )
-        parse_split(self.split or "iid")
-        if self.model not in MODELS:
-            raise UsageError(f"no model is called {self.model!r}; known: {', '.join(MODELS)}")
-        if self.epochs is not None and self.steps is not None:
-            raise UsageError(f"--epochs {self.epochs} and --steps {self.steps} exclude each other: give one of them")
-        if not 0.0 <= self.site_momentum < 1.0:
-            raise UsageError(f"--site-momentum must lie in 0 .. 1 (exclusive), got {self.site_momentum}")
-        if self.site_momentum and self.runtime == "ray":
-            raise UsageError("--site-momentum needs --runtime local: Ray's processes do not share what sites remember")
+        self._check_training()
         if parse_attack(self.attack).on_protocol and self.suite != "sealed":
             raise UsageError(f"attack {self.attack!r} is one on the sealed protocol; use it with --suite sealed")
         rule = parse_rule(self.rule or DEFAULT_RULE[self.suite], suite=self.suite)
@@ -174,6 +163,23 @@ class Simulation:
             )
         clip = coordinator.selects if self.clip is None else self.clip
         return replace(self, rule=rule.name, tolerate=tolerate, clip=clip)
+
+    def _check_training(self) -> None:
+        if self.runtime not in RUNTIMES:
+            raise UsageError(f"no runtime is called {self.runtime!r}; known: {', '.join(RUNTIMES)}")
+        if self.alpha is not None and self.split is not None:
+            raise UsageError(
+                f"--alpha {self.alpha:g} and --split {self.split} both deal out the data: give one of them"
+            )
+        parse_split(self.split or "iid")
+        if self.model not in MODELS:
+            raise UsageError(f"no model is called {self.model!r}; known: {', '.join(MODELS)}")
+        if self.epochs is not None and self.steps is not None:
+            raise UsageError(f"--epochs {self.epochs} and --steps {self.steps} exclude each other: give one of them")
+        if not 0.0 <= self.site_momentum < 1.0:
+            raise UsageError(f"--site-momentum must lie in 0 .. 1 (exclusive), got {self.site_momentum}")
+        if self.site_momentum and self.runtime == "ray":
+            raise UsageError("--site-momentum needs --runtime local: Ray's processes do not share what sites remember")
 
     def _check_reference(self, rule: Rule) -> None:
         known = [site_name(partition) for partition in range(self.sites)]
@@ -220,6 +226,8 @@ def simulate(
         sketches=settings.sketches,
         reference=settings.reference,
         fraction_evaluate=0.0,
+        reputation=ReputationPolicy(sybils=SybilPolicy()) if settings.quarantine else None,
+        gate=Gate() if settings.gate else None,
         # Seeded, so that a simulation can be repeated. A deployment leaves the operating system's randomness in.
         random_bytes=np.random.default_rng([settings.seed, 7]).bytes,
         on_round=on_round or (lambda record: None),
@@ -245,9 +253,10 @@ def simulate(
     return result_of(settings, world, outcome)
 
 
-def build_world(settings: Simulation) -> World:
-    """Data, partition and who is poisoned, all from the settings."""
-    data: Dataset = load_dataset(settings.data, label=settings.label, key=settings.key, seed=settings.seed)
+def build_world(settings: Simulation, data: Dataset | None = None) -> World:
+    """Data, partition and who is poisoned, all from the settings; the data as well, unless they are there already."""
+    if data is None:
+        data = load_dataset(settings.data, label=settings.label, key=settings.key, seed=settings.seed)
     rng = np.random.default_rng([settings.seed, 0])
     holders = settings.sites if settings.hoard else settings.sites - settings.poisoned
     dealt = partition(data, holders, alpha=settings.alpha, split=settings.split, rng=rng)
@@ -331,6 +340,7 @@ def result_of(settings: Simulation, world: World, outcome: QuorumResult) -> Resu
             "metrics": record.metrics,
             "accepted": list(record.accepted),
             "rejected": list(record.rejected),
+            "quarantined": list(record.quarantined),
             "reasons": record.reasons,
             "codes": record.codes,
             "weights": record.weights,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from federation import honest_update, learning_app, model
 from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from sealed_federation import Federation, context_for, identity, names, updates_for
 from test_client_attempts import SITE, again, answered, refused, sealed_context, train
@@ -290,23 +291,43 @@ def test_half_written_update_of_a_killed_process_goes(tmp_path: Path) -> None:
 class Carrier(LocalGrid):
     """Whoever carries instructions: it puts another one beside the nonce of the one that was sent."""
 
+    def __init__(self, app: ClientApp, instead: RecordDict) -> None:
+        super().__init__([app])
+        self.instead = instead
+
     def push_messages(self, messages_: Iterable[Message]) -> Iterable[str]:
         for message in messages_:
             nonce = envelope.nonce_of(message.content)
             assert nonce is not None
-            hello = envelope.address(messages.pack(messages.Hello(run="run", suite=SITE.name)), nonce)
-            message.content = hello
+            message.content = envelope.address(self.instead, nonce)
             yield from super().push_messages([message])
 
 
-def test_site_that_answers_a_swapped_instruction_is_not_proven_malicious() -> None:
-    """Its reply carries its signature, for the nonce that it was given and not for what was asked with it."""
-    with Carrier([learning_app([seal(SITE)])]) as grid:
+@pytest.mark.parametrize(
+    ("sent", "carried", "kind"),
+    [
+        (train(sealed_context()), messages.pack(messages.Hello(run="run", suite=SITE.name)), "train"),
+        (RecordDict({"arrays": model(1.0)}), RecordDict({"arrays": model(2.0)}), "evaluate"),
+    ],
+    ids=["another message", "another model to be evaluated"],
+)
+def test_answer_to_a_swapped_instruction_is_not_taken(sent: RecordDict, carried: RecordDict, kind: str) -> None:
+    """The site signs what it was asked, so the coordinator notices; and nothing is proven against the site."""
+    with Carrier(learning_app([seal(SITE)]), carried) as grid:
         network = Network(grid, {"site-01": 2}, 20.0, {"site-01": SITE.identity.public()})
-        ((site, reply),) = network.exchange({"site-01": train(sealed_context())}, "1", Traffic())
-    assert isinstance(reply, RecordDict), "signed and taken"
+        ((_, fault),) = network.exchange({"site-01": sent}, "1", Traffic(), kind)
+    assert isinstance(fault, SiteFault)
+    assert (fault.code, fault.proven) == ("wrong-signature", False)
+    with LocalGrid([learning_app([seal(SITE)])]) as grid:
+        network = Network(grid, {"site-01": 2}, 20.0, {"site-01": SITE.identity.public()})
+        ((_, reply),) = network.exchange({"site-01": carried}, "1", Traffic(), kind)
+    assert isinstance(reply, RecordDict), "the same, as it was sent"
+
+
+def test_answer_of_another_kind_proves_nothing() -> None:
+    hello = messages.pack(messages.Hello(run="run", suite=SITE.name))
     with pytest.raises(SiteFault) as fault:
-        expect(messages.Submission, site, reply)
+        expect(messages.Submission, "site-01", hello)
     assert (fault.value.code, fault.value.proven) == ("unexpected", False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -202,7 +203,7 @@ def test_apps_are_allowed_shown_and_disallowed(member: str, tmp_path: Path) -> N
     assert site("disallow", digest, "1" * 64, "--home", member).returncode == 0
     again = site("disallow", digest, "--home", member)
     assert again.returncode == 1
-    assert "not on the list; see it with: quorsum site allowed" in again.stderr
+    assert f"not on the list; see it with: quorsum site allowed --home {member}\n" in again.stderr
     wrong = site("allow", str(tmp_path / "nowhere"), "--home", member)
     assert wrong.returncode == 64
     assert "neither a folder nor a digest" in wrong.stderr
@@ -237,7 +238,7 @@ def test_settings_and_the_sentence_about_small_models(member: str) -> None:
 def test_a_site_that_is_not_enrolled_is_told_what_to_do(tmp_path: Path, arguments: list[str]) -> None:
     done = site(*arguments, "--home", str(tmp_path / "home"))
     assert (done.returncode, done.stdout) == (2, "")
-    assert "this site has not been enrolled; run: quorsum site enroll" in done.stderr
+    assert f"this site has not been enrolled; run: quorsum site enroll --home {tmp_path / 'home'}" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -268,10 +269,11 @@ def test_leaving_is_confirmed_and_final(lab: Federation) -> None:
     plan = site("leave", "--home", home)
     assert plan.returncode == 2
     assert "its keys are never accepted again" in plan.stderr
-    assert f"nothing is done yet; to go on, run: quorsum site leave --home {home} --confirm " in plan.stderr
-    wrong = site("leave", "--home", home, "--confirm", "123456789abc")
+    assert f"nothing has been done yet; to do it: quorsum site leave --home {home} --confirm " in plan.stderr
+    assert re.fullmatch("[0-9a-f]{16}", plan.stderr.split()[-1])
+    wrong = site("leave", "--home", home, "--confirm", "123456789abcdef0")
     assert wrong.returncode == 1
-    assert "is not what this command shows now" in wrong.stderr
+    assert "is not the digest of the plan as it is now" in wrong.stderr
     assert lab.coordinator.store.site("leaver").state == "approved"  # type: ignore[union-attr]
     done = site("leave", "--home", home, "--confirm", plan.stderr.split()[-1])
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import pytest
 from enrollment_federation import Coordinator
+from filelock import FileLock
 
 from quorsum import enrollment as talk
 from quorsum.client.enrollment import (
@@ -351,7 +352,7 @@ def test_site_that_leaves(coordinator: Coordinator, tmp_path: Path) -> None:
 def test_home_that_was_never_enrolled(tmp_path: Path) -> None:
     home = SiteHome(tmp_path / "a")
     for call in (renew, roster, leave, fetch_key):
-        assert "quorsum site enroll" in str(refused("not-enrolled", call, home))
+        assert f"quorsum site enroll --home {home.path}" in str(refused("not-enrolled", call, home))
 
 
 def test_answer_that_is_none(coordinator: Coordinator, tmp_path: Path) -> None:
@@ -378,6 +379,44 @@ def test_coordinator_that_exchanges_a_members_key(coordinator: Coordinator, tmp_
     assert list(home.roster()) == members
 
 
+def test_a_list_that_comes_late_is_not_taken_for_a_lie(coordinator: Coordinator, tmp_path: Path) -> None:
+    """A thread asked before a member joined, another one after it; the answer of the first takes its time."""
+    home, config = coordinator.enroll("a", tmp_path / "a")
+    old = list(roster(home))
+    coordinator.enroll("b", tmp_path / "b")
+    new = list(roster(home))
+    home.roster_file.unlink()
+    home.pin(old, "a")
+    asked = threading.Event()
+
+    def answer(_: object) -> talk.RosterReply:
+        if asked.is_set():
+            return talk.RosterReply(members=new, server_time=time.time())
+        asked.set()
+        time.sleep(1.0)
+        return talk.RosterReply(members=old, server_time=time.time())
+
+    with lying_server(coordinator.authority, {"Roster": answer}) as address, ThreadPoolExecutor(2) as pool:
+        home.write_config(config.model_copy(update={"members_address": address}))
+        first = pool.submit(roster, home)
+        assert asked.wait(20)
+        second = pool.submit(roster, home)
+        assert [list(first.result(30)), list(second.result(30))] == [old, new]
+    assert list(home.roster()) == new
+
+
+def test_who_waits_too_long_for_the_list_is_told_so(
+    coordinator: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, _ = coordinator.enroll("a", tmp_path / "a")
+    monkeypatch.setattr("quorsum.client.enrollment.TIMEOUT_S", 0.1)
+    with FileLock(home.path / "roster.lock"):
+        refused("roster-busy", roster, home)
+    (home.path / "roster.lock").unlink()
+    (home.path / "roster.lock").mkdir()
+    refused("no-home", roster, home)
+
+
 def test_members_key_changes_after_it_was_revoked(coordinator: Coordinator, tmp_path: Path) -> None:
     home, _ = coordinator.enroll("a", tmp_path / "a")
     coordinator.enroll("b", tmp_path / "b")
@@ -393,6 +432,9 @@ def test_shared_key_goes_round_and_has_one_epoch(coordinator: Coordinator, tmp_p
     key = generate_site_key(os.urandom)
     refused("epoch-over", share_key, a, key)  # the roster with b in it was never looked at
     refused("no-key-yet", fetch_key, b)
+    with pytest.raises(KeyMaterialError, match=f"run here: quorsum site fetch-key --home {b.path}") as none:
+        load_shared_key(b)
+    assert none.value.code == "no-key"
     epoch = share_key(a, key)
     assert fetch_key(b).key_id == load_shared_key(a).key_id == load_shared_key(b).key_id == key.key_id
     assert a.epoch() == b.epoch() == epoch
@@ -403,6 +445,7 @@ def test_shared_key_goes_round_and_has_one_epoch(coordinator: Coordinator, tmp_p
     with pytest.raises(KeyMaterialError) as stale:
         load_shared_key(a)
     assert stale.value.code == "key-stale"
+    assert f"run here: quorsum site fetch-key --home {a.path}" in str(stale.value)
     refused("key-used-before", share_key, a, key)
     share_key(a, generate_site_key(os.urandom))
     assert fetch_key(c).key_id == fetch_key(b).key_id == load_shared_key(a).key_id != key.key_id

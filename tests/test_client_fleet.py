@@ -127,6 +127,19 @@ def test_what_is_remembered_may_be_anything(fleet: Fleet, noted: str) -> None:
     connected(site, seconds=5)
 
 
+def test_where_nothing_can_be_remembered_is_said(fleet: Fleet) -> None:
+    site = fleet.add_site()
+    for path in (site.home, site.home / "nowhere" / "connected"):
+        with pytest.raises(KeyMaterialError, match=f"cannot use {path}: "):
+            client.serve(fleet.address, site.credentials, echo, stop=threading.Event(), memory=path)
+
+
+def test_a_note_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
+    former = client._Former(tmp_path)
+    former.note(7)
+    assert former.node_id == 7
+
+
 def test_only_one_process_of_a_site_connects(fleet: Fleet) -> None:
     site = fleet.add_site()
     site.run_here(fleet.address, echo, memory=site.home / "connected")

@@ -57,7 +57,7 @@ def code_of(step: Callable[[], object]) -> str:
 def sealed(book: Ledger) -> None:
     take_round(book, FIRST)
     book.write_kept((b"rounded", b"integers"))
-    remember(book, FIRST, b"state", (b"upload",))
+    remember(book, FIRST, b"state", (b"upload", b"more"))
 
 
 # --- attempts ---
@@ -163,13 +163,32 @@ def test_first_attempt_is_over_when_the_second_is_taken(book: Ledger) -> None:
 
 @pytest.mark.parametrize("name", ["kept.bin", "upload.bin"])
 @pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[7, 8]\nrounded", b"[7, 8]\nroundedintegers+", b"7\nrounded", b"\xff\n"]
-)
-def test_damaged_blocks_are_named_and_not_used(tmp_path: Path, name: str, damage: bytes) -> None:
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: b"{",
+        lambda whole: b"7\nrounded",
+        lambda whole: b"\xff\n",
+        lambda whole: b"[7, 8]\nroundedintegers",
+        lambda whole: b'[[7, 8], "00"]\nroundedintegers',
+        lambda whole: whole.replace(b"[[7,", b"[[7e99,").replace(b"[[6,", b"[[6e99,"),
+        lambda whole: whole.replace(b"[[7,", b"[[-7, 14,").replace(b"[[6,", b"[[-6, 12,"),
+        lambda whole: whole[:-1],
+        lambda whole: whole + b"+",
+        lambda whole: whole.replace(b"e", b"d", 1),
+        lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+        lambda whole: whole.replace(b"[[7, 8]", b"[[8, 7]").replace(b"[[6, 4]", b"[[4, 6]"),
+    ],
+    ids=["empty", "cut in the line", "no list", "no text", "no digest", "another digest", "huge length",
+         "negative length", "shorter", "longer", "digest",
+         "one bit", "lengths exchanged"],
+)  # fmt: skip
+def test_damaged_blocks_are_named_and_not_used(tmp_path: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
     book = FolderLedger(tmp_path)
     sealed(book)
-    (tmp_path / name).write_bytes(damage)
-    with pytest.raises(KeyMaterialError, match=name) as error:
+    before = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(damage(before))
+    with pytest.raises(KeyMaterialError, match=rf"{name} is not what this site wrote .* move the file away") as error:
         (book.read_kept if name == "kept.bin" else book.read_upload)()
     assert error.value.code == "ledger-damaged"
 

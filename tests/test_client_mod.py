@@ -177,7 +177,7 @@ def test_asked_again_for_what_it_has_submitted_a_site_sends_the_very_same(tmp_pa
     assert rounds == [1]
 
 
-def test_reply_is_signed_for_the_nonce_of_its_instruction(tmp_path: Path) -> None:
+def test_reply_is_signed_for_its_instruction(tmp_path: Path) -> None:
     identity = load_identity(tmp_path)
     with LocalGrid([learning_app([seal(PlainSite(), home=tmp_path)])]) as grid:
         for content, kind in (
@@ -185,9 +185,9 @@ def test_reply_is_signed_for_the_nonce_of_its_instruction(tmp_path: Path) -> Non
             (train_content(), "train"),
             (RecordDict({"arrays": model()}), "evaluate"),
         ):
-            nonce = os.urandom(16)
-            reply = send(grid, envelope.address(content, nonce), kind).content
-            envelope.open_envelope(reply, nonce, identity.public())
+            asked = envelope.Asked(os.urandom(16), envelope.content_digest(content))
+            reply = send(grid, envelope.address(content, asked.nonce), kind).content
+            envelope.open_envelope(reply, asked, identity.public())
 
 
 def test_app_never_sees_the_envelope() -> None:

@@ -19,10 +19,10 @@ from fleet_harness import app_folder, until
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from site_federation import Federation, Running, federation, site
 
-from quorsum import bundles, messages
+from quorsum import bundles, envelope, flower, messages
 from quorsum.client import enrollment, settings
 from quorsum.client.home import SiteHome
-from quorsum.client.site import member_words, read_status, roster_check, run_site
+from quorsum.client.site import _Workers, member_words, read_status, roster_check, run_site
 from quorsum.crypto.identity import Identity
 from quorsum.crypto.suite import RoundContext
 from quorsum.enrollment import Member
@@ -212,7 +212,8 @@ def test_the_list_of_apps_holds_at_once(lab: Federation, tmp_path: Path) -> None
     home = lab.member("a")
     site("set", "partition-id=0", "--home", home)
     running = lab.start("start", "--home", home)
-    assert "nothing may run here yet, run: quorsum site allow APP_DIR" in running.wait_for("connected to")
+    typed = f"quorsum site allow APP_DIR --home {lab.home('a')}\n"
+    assert f"nothing may run here yet, run: {typed}" in running.wait_for("connected to")
     grid = grid_of(lab, app)
     assert code_of(evaluated(lab, grid, "a")) == "bundle-not-allowed"
     site("allow", str(app), "--home", home)
@@ -281,6 +282,9 @@ def test_a_revoked_site_ends_and_says_why(lab: Federation) -> None:
     lab.coordinator.store.revoke("a", lab.coordinator.clock.seconds(), "tester", "a lost laptop")
     assert running.process.wait(30) == 1
     assert "the coordinator's operator revoked it; its keys are never accepted again" in running.said()
+    # The reason and nothing else: that it is no member is what it sees first, and no operator should approve it.
+    assert "not a member" not in running.said()
+    assert "approve" not in running.said()
     again = site("start", "--home", lab.home("a"))
     assert again.returncode == 1
     assert "ask for a new invitation and enrol from a new, empty home" in again.stderr
@@ -316,6 +320,20 @@ def test_what_is_wrong_only_is_said_when_quiet_and_json_is_json(lab: Federation)
     assert machine.end() == 0
     lines = [json.loads(line) for line in machine.said().splitlines()]
     assert ("state", "connected") in [(line["event"], line["fields"].get("state")) for line in lines]
+
+
+def test_a_configuration_that_cannot_be_read_allows_nothing_and_the_reply_is_signed(pinned: SiteHome) -> None:
+    pinned.config_file.write_text("site = 3\n")
+    flower.become_coordinator(flower.Run.create_empty(run_id=7))
+    content = RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(1, np.float32))})})
+    message = Message(envelope.address(content, bytes(16)), 5, "evaluate")
+    message.metadata.__dict__["_message_id"] = "question"
+    reply = _Workers(pinned).handle(message, b"", flower.Run.create_empty(run_id=7))
+    asked = envelope.Asked(bytes(16), envelope.content_digest(content))
+    fault, _ = messages.unpack(envelope.open_envelope(reply.content, asked, PEOPLE["a"].public()))
+    assert isinstance(fault, messages.Fault)
+    assert fault.code == "bundle-not-allowed"
+    assert str(pinned.path) not in fault.message
 
 
 # --- the upkeep, in this process ---

@@ -91,12 +91,16 @@ def test_a_mod_that_the_app_brings_cannot_say_what_leaves(bench: Bench) -> None:
     assert submitted(bench.send(bench.app(code=code))).metrics == {}
 
 
-def test_a_bundle_that_is_not_allowed_does_not_run(bench: Bench) -> None:
+def test_a_bundle_that_is_not_allowed_does_not_run(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bundle = bench.app(allow=False, code="raise SystemExit\n")
     fault = bench.fault(bundle)
     assert fault.code == "bundle-not-allowed"
     assert bundles.digest(bundle) in fault.message
-    assert "quorsum site allow" in fault.message
+    typed = f"quorsum site allow {bundles.digest(bundle)}"
+    assert fault.message.endswith(typed)
+    # Where the site's folder is is for its own log.
+    assert f"if it may run here: {typed} --home {bench.folder / 'home'}" in caplog.text
+    assert str(bench.folder) not in fault.message
     assert not (bench.folder / "home" / "apps").exists()
     bench.allowed.add(bundles.digest(bundle))
     assert bench.fault(bundle).code == "training-failed"

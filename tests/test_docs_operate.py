@@ -149,8 +149,8 @@ class Players:
             return
         self._compare(step, terminal)
         if terminal is not self.running.get(step.machine):
-            refused = any("nothing has been done yet" in line for line in step.shown)
-            assert terminal.process.wait(PATIENCE) == int(refused), step.command
+            planned = any("nothing has been done yet" in line for line in step.shown)
+            assert terminal.process.wait(PATIENCE) == (2 if planned else 0), step.command
 
     def _typed(self, step: Step) -> Terminal | None:
         environment = self.environments[step.machine]

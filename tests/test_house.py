@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The leaf that everybody may import, and what else each room may import of quorsum and of other packages.
 LEAF = "quorsum.errors"
 SHARED = {
+    "quorsum.__version__",
     "quorsum.arrays",
     "quorsum.bundles",
     "quorsum.config",
@@ -22,6 +23,7 @@ SHARED = {
     "quorsum.enrollment",
     "quorsum.envelope",
     "quorsum.flower",
+    "quorsum.homes",
     "quorsum.invitation",
     "quorsum.logs",
     "quorsum.messages",
@@ -73,9 +75,27 @@ ALLOWED = {
             "quorsum.client",
         }
         | SHARED,
-        {"numpy", "flwr", "torch", "sklearn", "matplotlib", "rich", "ray"},
+        {
+            "filelock",
+            "flwr",
+            "jinja2",
+            "markupsafe",
+            "matplotlib",
+            "numpy",
+            "pydantic",
+            "ray",
+            "rich",
+            "scipy",
+            "sklearn",
+            "torch",
+            "typer",
+        },
     ),
 }
+
+
+# What the lab's report is made of besides modules.
+FILES = (".json", ".html", ".css")
 
 
 def modules() -> list[Path]:
@@ -117,13 +137,15 @@ def test_wheel_holds_every_module_and_nothing_else(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if name.endswith((".py", ".typed"))}
+        packed = {name for name in archive.namelist() if name.endswith((".py", ".typed", *FILES))}
         licences = {Path(name).name for name in archive.namelist() if "licenses" in name}
     tree = {
         f"quorsum/{path.name}" if path.parent.name == "quorsum" else f"quorsum/{path.parent.name}/{path.name}"
         for path in modules()
     }
-    assert packed == tree | {"quorsum/py.typed"}
+    beside = {f"quorsum/simulation/{path.name}" for path in (ROOT / "simulation").iterdir() if path.suffix in FILES}
+    assert packed == tree | beside | {"quorsum/py.typed"}
+    assert "quorsum/simulation/lab_report.html" in beside
     assert licences == {"LICENSE", "NOTICE"}
 
 

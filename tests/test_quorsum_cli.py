@@ -135,3 +135,20 @@ def test_interrupt_is_said_and_not_traced(tmp_path: Path) -> None:
     assert child.returncode == 130
     assert b"interrupted" in line + rest
     assert b"Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (["--bad"], "quorsum"),
+        (["simulate", "--bad"], "quorsum simulate"),
+        (["run"], "quorsum run"),
+        (["coordinator", "foo"], "quorsum coordinator"),
+        (["coordinator", "invite", "--bad"], "quorsum coordinator invite"),
+        (["site", "set"], "quorsum site set"),
+    ],
+)
+def test_wrong_usage_names_the_help_of_the_very_command(typed: list[str], named: str) -> None:
+    done = quorsum(*typed)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr.endswith(f"(try: {named} --help)\n")

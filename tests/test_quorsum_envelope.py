@@ -16,6 +16,7 @@ from quorsum.errors import Refusal
 
 SITE, OTHER = Identity.generate(os.urandom), Identity.generate(os.urandom)
 NONCE = bytes(range(16))
+ASKED = envelope.Asked(NONCE, bytes(32))
 
 
 def content() -> RecordDict:
@@ -28,14 +29,14 @@ def content() -> RecordDict:
     )
 
 
-def refused(signed: RecordDict, nonce: bytes = NONCE, by: Identity = SITE) -> str:
+def refused(signed: RecordDict, asked: envelope.Asked = ASKED, by: Identity = SITE) -> str:
     with pytest.raises(Refusal) as caught:
-        envelope.open_envelope(signed, nonce, by.public())
+        envelope.open_envelope(signed, asked, by.public())
     return caught.value.code
 
 
 def test_what_was_signed_arrives() -> None:
-    opened = envelope.open_envelope(envelope.sign(content(), NONCE, SITE), NONCE, SITE.public())
+    opened = envelope.open_envelope(envelope.sign(content(), ASKED, SITE), ASKED, SITE.public())
     assert list(opened) == list(content())
     assert envelope.content_digest(opened) == envelope.content_digest(content())
 
@@ -45,6 +46,8 @@ def test_an_instruction_carries_its_nonce_and_the_app_does_not_see_it() -> None:
     assert envelope.nonce_of(addressed) == NONCE
     assert list(envelope.strip(addressed)) == list(content())
     assert envelope.nonce_of(content()) is None
+    assert envelope.asked_in(content()) is None
+    assert envelope.asked_in(addressed) == envelope.Asked(NONCE, envelope.content_digest(content()))
 
 
 def test_a_second_nonce_replaces_the_first() -> None:
@@ -58,17 +61,19 @@ def test_an_envelope_without_a_nonce_is_refused(nonce: object) -> None:
     with pytest.raises(Refusal) as caught:
         envelope.nonce_of(broken)
     assert caught.value.code == "undecodable"
+    with pytest.raises(Refusal):
+        envelope.asked_in(broken)
 
 
 def test_unsigned_replayed_and_foreign_replies_are_told_apart() -> None:
     assert refused(content()) == "unsigned"
     assert refused(envelope.address(content(), NONCE)) == "unsigned"
-    assert refused(envelope.sign(content(), bytes(16), SITE)) == "replayed-message"
-    assert refused(envelope.sign(content(), NONCE, OTHER)) == "wrong-signature"
+    assert refused(envelope.sign(content(), envelope.Asked(bytes(16), ASKED.digest), SITE)) == "replayed-message"
+    assert refused(envelope.sign(content(), ASKED, OTHER)) == "wrong-signature"
 
 
 def forged_nonce() -> RecordDict:
-    signed = envelope.sign(content(), bytes(16), SITE)
+    signed = envelope.sign(content(), envelope.Asked(bytes(16), ASKED.digest), SITE)
     record = signed["quorsum.envelope"]
     assert isinstance(record, ConfigRecord)
     signed["quorsum.envelope"] = ConfigRecord({**record, "nonce": NONCE.hex()})
@@ -77,6 +82,11 @@ def forged_nonce() -> RecordDict:
 
 def test_the_nonce_itself_is_signed() -> None:
     assert refused(forged_nonce()) == "wrong-signature"
+
+
+def test_a_reply_is_for_the_whole_instruction() -> None:
+    signed = envelope.sign(content(), ASKED, SITE)
+    assert refused(signed, envelope.Asked(NONCE, b"\x01" + bytes(31))) == "wrong-signature"
 
 
 W, B = Array(np.arange(6.0).reshape(2, 3)), Array(np.zeros(0, np.float32))
@@ -99,14 +109,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_is_changed_breaks_the_signature(change: str) -> None:
-    signed = envelope.sign(content(), NONCE, SITE)
+    signed = envelope.sign(content(), ASKED, SITE)
     name, record = CHANGES[change]
     signed[name] = record
     assert refused(signed) == "wrong-signature"
 
 
 def test_a_record_taken_away_breaks_the_signature() -> None:
-    signed = envelope.sign(content(), NONCE, SITE)
+    signed = envelope.sign(content(), ASKED, SITE)
     assert refused(RecordDict({k: v for k, v in signed.items() if k != "metrics"})) == "wrong-signature"
 
 
@@ -118,3 +128,22 @@ def test_two_contents_have_one_digest_only_when_they_are_the_same(a: list[bytes]
         )
 
     assert (envelope.content_digest(made(a)) == envelope.content_digest(made(b))) == (a == b)
+
+
+def test_a_record_that_many_share_is_hashed_once() -> None:
+    known: dict[int, bytes] = {}
+    shared = content()
+    assert envelope.content_digest(shared, known) == envelope.content_digest(content())
+    assert len(known) == len(shared)
+    arrays = id(shared["arrays"])
+    known[arrays] = bytes(32)
+    assert envelope.content_digest(shared, known) != envelope.content_digest(content())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_instruction_has_another_digest(change: str) -> None:
+    changed = content()
+    name, record = CHANGES[change]
+    changed[name] = record
+    assert envelope.content_digest(changed) != envelope.content_digest(content())
+    assert envelope.content_digest(RecordDict({"x": record})) != envelope.content_digest(RecordDict({"y": record}))

@@ -56,6 +56,58 @@ def test_text_is_one_sentence_a_line(stream: io.StringIO) -> None:
     assert stream.getvalue() == "quorsum: it runs and runs\nquorsum: warning: site-a is late by 2.2 s\n"
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_what_others_provoke_is_said_once_in_a_while_with_how_often(stream: io.StringIO) -> None:
+    logs.configure("text", stream)
+    clock = Clock()
+    allowance, logger = logs.Allowance(1, 60.0, monotonic=clock), logging.getLogger("flwr.quorsum.fleet")
+    for second in range(60):
+        clock.now = float(second)
+        logs.provoked(logger, allowance, "a", "%s lies", "a")
+        logs.provoked(logger, allowance, "b", "%s lies", "b")
+    logs.provoked(logger, allowance, "a", "%s is late", "a")
+    clock.now = 60.0
+    logs.provoked(logger, allowance, "a", "%s lies", "a")
+    clock.now = 200.0
+    logs.provoked(logger, allowance, "a", "%s lies", "a")
+    assert stream.getvalue().splitlines() == [
+        "quorsum: warning: a lies",
+        "quorsum: warning: b lies",
+        "quorsum: warning: a is late",
+        "quorsum: warning: a lies (and 59 times more before)",
+        "quorsum: warning: a lies",
+    ]
+
+
+def test_what_other_packages_say_of_others_passes_a_few_times(stream: io.StringIO) -> None:
+    logs.configure("json", stream)
+    clock = Clock()
+    sparing, logger = logs.Sparing(logs.Allowance(3, 60.0, monotonic=clock)), logging.getLogger("flwr")
+    logger.addFilter(sparing)
+    try:
+        for minute in (0.0, 60.0):
+            clock.now = minute
+            for number in range(10):
+                logger.error("[path] %d %%", number)
+                logger.info("not a warning")
+    finally:
+        logger.removeFilter(sparing)
+    said = [line["message"] for line in lines(stream)]
+    assert said == [*[f"[path] {n} %" for n in range(3)], "[path] 0 % (and 7 times more before)", "[path] 1 %",
+                    "[path] 2 %"]  # fmt: skip
+
+
+def test_kinds_that_are_remembered_have_a_limit() -> None:
+    allowance = logs.Allowance(1, 60.0, kinds=2)
+    assert [allowance.take(kind) for kind in ("a", "a", "b", "c", "a")] == [0, None, 0, 0, 0]
+
+
 def test_quiet_says_only_what_is_wrong(stream: io.StringIO) -> None:
     logs.configure("text", stream, quiet=True)
     logger = logging.getLogger("quorsum.enrollment")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from dataclasses import replace
@@ -13,8 +14,11 @@ import pytest
 from flwr.app import Array, ArrayRecord
 
 from quorsum import durable
+from quorsum.aggregation.reputation import Reputation, Standing
+from quorsum.aggregation.sybils import Similarity
 from quorsum.errors import Refusal, SiteFault
 from quorsum.server.checkpoint import FolderRun, NoRun, RunState, Said
+from quorsum.server.gate import COORDINATOR, Gate, Watched, watched
 from quorsum.server.records import RoundRecord
 
 MODEL = ArrayRecord({"layer/weight": Array(np.arange(6, dtype=np.float32).reshape(2, 3)), "n": Array(np.array(7))})
@@ -52,6 +56,31 @@ def test_a_run_comes_back_to_the_last_bit(tmp_path: Path) -> None:
     assert FolderRun(tmp_path / "run").load() is None
     FolderRun(tmp_path / "run").commit(STATE)
     assert same(FolderRun(tmp_path / "run").load(), STATE)
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_clean_record(tmp_path: Path) -> None:
+    FolderRun(tmp_path / "run").commit(STATE)
+    path = tmp_path / "run" / "state.npz"
+    with np.load(path) as parts:
+        kept = dict(parts)
+    head = json.loads(kept.pop("head").tobytes())
+    for name in ("norms", "reputation", "watched"):
+        del head[name]
+    for record in head["records"]:
+        del record["quarantined"]
+    np.savez(path, head=np.frombuffer(json.dumps(head).encode(), np.uint8), **kept)
+    state = FolderRun(tmp_path / "run").load()
+    assert same(state, STATE)
+    assert state is not None
+    assert (state.norms, state.reputation, state.watched) == ((), Reputation(), Watched())
+
+
+def test_what_is_remembered_over_rounds_comes_back(tmp_path: Path) -> None:
+    reputation = Reputation({"a": Standing(0.1 + 0.2, 1, 9, "left out")}, 7, Similarity({("a", "b"): (1 / 3, 4)}))
+    memory = watched(Watched(), {COORDINATOR: {"accuracy": 1 / 3}, "a": {"accuracy": 0.5}}, Gate())
+    state = replace(STATE, norms=(0.1, 1 / 3), reputation=reputation, watched=memory)
+    FolderRun(tmp_path / "run").commit(state)
+    assert same(FolderRun(tmp_path / "run").load(), state)
 
 
 def test_only_the_owner_reads_it(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_without_a_terminal_approve_prints_the_exact_command(federation: Federat
     assert "nobody waits" in nobody.stderr
     words = pend(federation, "a", "b")
     done = federation.do("approve")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert all(f"{name} waits, enrolling from 192.0.2.7: {words[name]}" in done.stderr for name in words)
     assert states(federation) == {"a": "pending", "b": "pending"}
     waiting = federation.json("approve")["waiting"]
@@ -207,7 +207,7 @@ def test_one_wrong_pair_does_not_keep_the_others_out(federation: Federation) -> 
         (["a", "--words", "x", "--all"], 64, "--all goes without"),
         (["a", "b", "--words", "x"], 64, "one site"),
         (["a=x", "b"], 64, "every site, or for none"),
-        (["--all"], 1, "--yes-i-compared-the-words"),
+        (["--all"], 2, "--yes-i-compared-the-words"),
     ],
 )
 def test_approvals_that_are_refused(federation: Federation, arguments: list[str], status: int, says: str) -> None:
@@ -270,7 +270,7 @@ def test_revoking_prints_the_plan_first_and_needs_its_digest(federation: Federat
     assert federation.do("revoke", "a").returncode == 64
     federation.do("approve", f"a={words['a']}")
     plan = federation.do("revoke", "a")
-    assert (plan.returncode, plan.stdout) == (1, "")
+    assert (plan.returncode, plan.stdout) == (2, "")
     assert "does not undo" in plan.stderr
     assert states(federation) == {"a": "approved"}
     wrong = federation.do("revoke", "a", "--confirm", "0123456789abcdef")
@@ -292,7 +292,7 @@ def test_tables_name_everybody_and_the_next_step(federation: Federation) -> None
     done = federation.do("sites")
     assert done.returncode == 0
     assert re.search(r"^a +pending ", done.stdout, re.MULTILINE)
-    assert re.search(r"^b +invited ", done.stdout, re.MULTILINE)
+    assert re.search(r"^b +invited .* UTC +\(invitation until .* UTC\)$", done.stdout, re.MULTILINE)
     assert next_command(done.stderr)[:2] == ["coordinator", "approve"]
     empty = federation.do("runs")
     assert next_command(empty.stderr)[:2] == ["run", "APP"]
@@ -303,7 +303,11 @@ def test_status_of_a_coordinator_that_does_not_run(federation: Federation) -> No
     assert done.returncode == 2
     assert "has not been started" in done.stdout
     assert next_command(done.stderr)[:2] == ["coordinator", "start"]
+    assert next_command(done.stdout) == ["run", "APP", "--home", str(federation.home)]
     assert federation.json("status")["running"] is False
+    unknown = federation.do("follow", "7")
+    assert (unknown.returncode, next_command(unknown.stderr)[:2]) == (64, ["coordinator", "runs"])
+    assert quorsum(*next_command(unknown.stderr)).returncode == 0
 
 
 def test_a_home_that_others_can_read_is_refused(federation: Federation) -> None:

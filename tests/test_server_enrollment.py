@@ -420,7 +420,7 @@ def test_authority_on_disk(coordinator: Coordinator, tmp_path: Path) -> None:
     (home / "ca.key").write_bytes(certificates.make_key())
     with pytest.raises(KeyMaterialError, match="do not fit"):
         load_authority(home)
-    with pytest.raises(KeyMaterialError, match="coordinator init"):
+    with pytest.raises(KeyMaterialError, match="coordinator init --home NEW-HOME"):
         load_authority(tmp_path / "nowhere")
 
 

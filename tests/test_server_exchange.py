@@ -38,9 +38,9 @@ class Watched(LocalGrid):
 
 def answer(message: Message, identity: Identity | None = None, text: str = "well") -> Message:
     content = messages.pack(messages.Fault(code="fine", message=text))
-    nonce = envelope.nonce_of(message.content)
-    assert nonce is not None
-    return Message(content if identity is None else envelope.sign(content, nonce, identity), reply_to=message)
+    asked = envelope.asked_in(message.content)
+    assert asked is not None
+    return Message(content if identity is None else envelope.sign(content, asked, identity), reply_to=message)
 
 
 def network(grid: LocalGrid, timeout: float = 20.0) -> Network:

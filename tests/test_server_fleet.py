@@ -420,6 +420,27 @@ def test_a_reply_in_anothers_name_is_refused(attack: Attack, caplog: pytest.LogC
     attack.honest_reply_arrives()
 
 
+def test_what_a_member_provokes_does_not_fill_the_log(attack: Attack, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    for number in range(20):
+        with pytest.raises(httpx.HTTPStatusError):
+            attack.push(attack.b, attack.attacker.node_id, attack.reply(b"forged %d" % number))
+    context = attack.attacker.credentials.context()
+    for _ in range(20):
+        with (
+            socket.create_connection(("127.0.0.1", attack.fleet.port), timeout=10) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as s,
+        ):
+            s.sendall(b"no request at all\r\n\r\n")
+            while s.recv(1024):
+                pass
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sum("in the name of" in line for line in said) == 1
+    assert 1 <= sum("Invalid HTTP request" in line for line in said) <= 10
+    assert len(said) <= 11
+    attack.honest_reply_arrives()
+
+
 def test_a_request_in_anothers_name_is_refused(attack: Attack) -> None:
     with pytest.raises(httpx.HTTPStatusError) as caught:
         attack.push(attack.b, attack.honest.node_id, attack.reply(b"forged"))

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from federation import honest_update, learning_app, model
-from flwr.app import Message
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
 from quorsum import arrays
+from quorsum.aggregation.reputation import ReputationPolicy
 from quorsum.client import seal
 from quorsum.client.keys import load_identity
 from quorsum.crypto import SealedSite
@@ -26,8 +29,9 @@ from quorsum.crypto.suite import SiteSuite
 from quorsum.errors import RoundFailed
 from quorsum.selection import select
 from quorsum.server import QuorumStrategy
-from quorsum.server.checkpoint import FolderRun, RunJournal
+from quorsum.server.checkpoint import FolderRun, RunJournal, RunState
 from quorsum.server.deployment import Member, RunStopped
+from quorsum.server.gate import Gate
 from quorsum.server.records import QuorumResult, RoundRecord
 from quorsum.simulation.grid import LocalGrid
 
@@ -267,3 +271,104 @@ def test_a_federation_that_has_become_too_small_says_how_many_are_missing(tmp_pa
     with grid, pytest.raises(RunStopped):
         strategy("plain")._gathered(grid, deployment, "run", 60, 5, None)
     assert deployment.waited_for == [("3 more to be enrolled",)]
+
+
+# --- defences over rounds ---
+
+
+def poisoned_once() -> Callable[[int, int], np.ndarray]:
+    """One site sends a huge update, the first time that it is asked for one in the second round."""
+    done: list[int] = []
+
+    def learn(partition: int, number: int) -> np.ndarray:
+        if (partition, number) != (1, 2) or done:
+            return honest_update(partition, number)
+        done.append(number)
+        return (honest_update(partition, number) * np.float32(-30)).astype(np.float32)
+
+    return learn
+
+
+DEFENCES: dict[str, tuple[dict[str, Any], Callable[[], Callable[[int, int], np.ndarray]]]] = {
+    "reputation": (
+        {
+            "rule": "geometric-median",
+            "tolerate": 1,
+            "reputation": ReputationPolicy(false_alarm=0.1, patience=1, sentence=2),
+        },
+        lambda: with_one_poisoned,
+    ),
+    "gate": ({"rule": "mean", "tolerate": 0, "gate": Gate(attention=1)}, poisoned_once),
+}
+
+
+def evaluating(suite: SiteSuite, home: Path, learn: Callable[[int, int], np.ndarray], told: list[float]) -> ClientApp:
+    """An app whose evaluation follows the model, and that says how often it was asked."""
+    inner, app = learning_app([], learn), ClientApp(mods=[seal(suite, home=home)])
+    app.train()(lambda message, context: inner(message, context))
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        parameters = arrays.flatten(message.content.array_records["arrays"]).astype(np.float64)
+        told.append(float(parameters.mean()))
+        metrics = MetricRecord({"accuracy": float(np.clip(0.5 + parameters.mean() / 10, 0, 1)), "rows": 3})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def defended(folder: Path, name: str, lives: int, told: list[float]) -> tuple[QuorumResult, int, RunState]:
+    options, learns = DEFENCES[name]
+    learn = learns()
+    homes = [folder / f"site-{place}" for place in range(SITES)]
+    identities = [load_identity(home) for home in homes]
+    grid = MortalGrid([evaluating(PlainSite(), home, learn, told) for home in homes])
+    grid.deployment = Federation(folder / "run", identities)
+    deaths = 0
+    with grid:
+        while True:
+            grid.lives = lives
+            strategy = QuorumStrategy(PlainCoordinator(), min_available_nodes=SITES, **options)
+            try:
+                result = strategy.start(grid, model(), num_rounds=6, timeout=60)
+                break
+            except Killed:
+                deaths += 1
+    state = FolderRun(folder / "run").load()
+    assert state is not None
+    return result, deaths, state
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_a_killed_coordinator_has_the_same_reputation_and_the_same_verdicts(tmp_path: Path, name: str) -> None:
+    asked: list[float] = []
+    again: list[float] = []
+    expected, _, left = defended(tmp_path / "undisturbed", name, 10**9, asked)
+    got, deaths, kept = defended(tmp_path / "killed", name, 7, again)
+    assert deaths >= 8
+    assert np.array_equal(vector(got), vector(expected))
+    # Whose answer was lost with the coordinator is asked once more, and about the same model.
+    assert set(again) == set(asked)
+    assert (kept.reputation, kept.watched, kept.norms, kept.unit) == (
+        (left.reputation, left.watched, left.norms, left.unit)
+    )
+
+    def plain(result: QuorumResult) -> list[RoundRecord]:
+        return [replace(record, seconds={}, bytes={}) for record in result.rounds]
+
+    assert plain(got) == plain(expected)
+    if name == "reputation":
+        assert [set(record.quarantined) for record in got.rounds[:5]] == [set(), set(), {"site-05"}, {"site-05"}, set()]
+    else:
+        assert [(record.failed or "")[:5] for record in got.rounds] == ["", "gate:", "", "", "", "", ""]
+
+
+def test_who_is_in_quarantine_is_not_waited_for_and_not_asked(tmp_path: Path) -> None:
+    grid, deployment = federation("plain", tmp_path)
+    deployment.patience = 3600.0
+    deployment.away = {3}
+    with grid:
+        roster = strategy("plain", 0)._gathered(
+            grid, deployment, "run", 60, 3, None, lambda present: {"site-02", "site-05"}
+        )
+    assert sorted(roster.network.nodes) == ["site-01", "site-03", "site-04"]

@@ -44,7 +44,7 @@ def board_of(coordinator: Coordinator) -> Board:
 
 def shown(seen: dict[str, Any]) -> str:
     console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(status.table(seen, time.time()))
+    console.print(status.table(seen, time.time(), Path("elsewhere")))
     return console.export_text()
 
 

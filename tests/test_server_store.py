@@ -23,7 +23,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from quorsum.enrollment import Keys
+from quorsum.enrollment import Keys, key_epoch
 from quorsum.errors import DataError, KeyMaterialError, Refusal, UsageError
 from quorsum.server import store as module
 from quorsum.server.store import SCHEMA_VERSION, Application, Relay, Store
@@ -255,22 +255,56 @@ def test_rounds_are_written_once(store: Store) -> None:
         store.append_round(run, 3, "[]", 4.0)
 
 
+def epoch(*names: str) -> str:
+    return key_epoch((name, "ab" * 64) for name in names)
+
+
 def test_relays(store: Store) -> None:
-    relay = Relay("e1", "a", "b", b"sealed", "sig")
+    for name in "abc":
+        admit(store, name, name)
+    e1 = epoch("a", "b", "c")
+    relay = Relay(e1, "a", "b", b"sealed", "sig")
     store.put_relay(relay, 1.0)
     store.put_relay(relay, 1.5)
-    assert [event.action for event in store.events()] == ["share-key"]
-    assert store.get_relay("e1", "b") == relay
-    assert store.get_relay("e1", "c") is None
-    assert store.get_relay("e2", "b") is None
-    with pytest.raises(Refusal) as refusal:
-        store.put_relay(Relay("e1", "c", "b", b"", ""), 2.0)
-    assert refusal.value.code == "key-already-shared"
-    store.put_relay(Relay("e2", "c", "b", b"", ""), 3.0)
-    assert store.get_relay("e1", "b") is None
-    admit(store, "a", "k")
-    assert store.get_relay("e2", "b") is None
+    assert [event.action for event in store.events()].count("share-key") == 1
+    assert store.get_relay(e1, "b") == relay
+    assert store.get_relay(e1, "c") is None
+    for refused, code in [
+        (Relay(e1, "c", "b", b"", ""), "key-already-shared"),
+        (Relay(e1, "a", "a", b"", ""), "unknown-recipient"),
+        (Relay(e1, "a", "d", b"", ""), "unknown-recipient"),
+        (Relay(epoch("a", "b"), "a", "b", b"", ""), "epoch-over"),
+    ]:
+        with pytest.raises(Refusal) as refusal:
+            store.put_relay(refused, 2.0)
+        assert refusal.value.code == code
+    store.revoke("c", 3.0)
+    e2 = epoch("a", "b")
+    assert store.get_relay(e2, "b") is None
+    store.put_relay(Relay(e2, "b", "a", b"", ""), 4.0)
+    assert store.get_relay(e1, "b") is None
+    admit(store, "d", "d")
+    assert store.get_relay(e2, "a") is None
     assert "sealed" not in repr(Relay("e", "s", "r", b"sealed", "sig"))
+
+
+def test_a_key_does_not_pass_a_revocation_that_is_being_written(store: Store, tmp_path: Path) -> None:
+    """Another process revokes a member while a key for it comes in: the key is for members that are no more."""
+    for name in "ab":
+        admit(store, name, name)
+    operator = sqlite3.connect(tmp_path / "state.db", isolation_level=None)
+    operator.execute("BEGIN IMMEDIATE")
+    operator.execute("UPDATE sites SET state = 'revoked' WHERE name = 'b'")
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(store.put_relay, Relay(epoch("a", "b"), "a", "b", b"", ""), 9.0)
+        time.sleep(0.3)
+        assert not coming.done()
+        operator.execute("COMMIT")
+        with pytest.raises(Refusal) as refusal:
+            coming.result(20)
+    operator.close()
+    assert refusal.value.code == "epoch-over"
+    assert store.get_relay(epoch("a", "b"), "b") is None
 
 
 def test_backup_is_one_private_file_with_everything(store: Store, tmp_path: Path) -> None:

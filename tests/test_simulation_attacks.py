@@ -13,7 +13,7 @@ from quorsum.simulation.protocol_attacks import PROTOCOL_ATTACKS
 OWN = np.array([3.0, -4.0, 0.0, 12.0])
 HONEST = np.array([[1.0, 2.0, 0.0, 4.0], [3.0, 2.0, 0.0, 8.0]])
 OMNISCIENT = {"alie", "ipm", "min-max", "min-sum", "fang", "mimic"}
-ADAPTIVE = {"opt-ipm", "opt-alie", "gram-aware"}
+ADAPTIVE = {"opt-ipm", "opt-alie", "opt-spread", "gram-aware"}
 BACKDOORS = {"backdoor", "dba", "neurotoxin", "constrain-and-scale", "edge-case", "text-trigger"}
 
 
@@ -152,7 +152,7 @@ def test_who_says_that_all_send_the_same_does(name: str) -> None:
     second = attack.poison_update(view(seed=2, position=1, own=2 * OWN))
     if attack.same_for_all:
         assert np.array_equal(first, second)
-    assert attack.same_for_all == (name in OMNISCIENT | ADAPTIVE and name != "fang")
+    assert attack.same_for_all == (name in OMNISCIENT | ADAPTIVE and name not in ("fang", "opt-spread"))
 
 
 @pytest.mark.parametrize("name", ATTACKS)

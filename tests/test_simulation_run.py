@@ -57,13 +57,15 @@ def test_undefended_mean_collapses_under_sign_flip() -> None:
 @pytest.mark.parametrize("attack", SOME_LOUD)
 def test_plain_and_ckks_choose_the_same_sites(attack: str) -> None:
     sealed, clear = outcome(attack=attack, suite="ckks"), outcome(attack=attack, suite="plain")
+    near = 0.005
     if attack == "nan":
         # Both attackers fail at the door, and the rule then drops two of eight honest sites that are nearly alike.
-        # Which two, the noise of opening decides.
+        # Which two, the noise of opening decides, and so which honest data are missing.
+        near = 0.01
         assert sealed["final"]["poisoned_rejected"] == clear["final"]["poisoned_rejected"] == 1.0
     else:
         assert accepted(sealed) == accepted(clear)
-    assert abs(sealed["final"]["accuracy"] - clear["final"]["accuracy"]) <= 0.005
+    assert abs(sealed["final"]["accuracy"] - clear["final"]["accuracy"]) <= near
 
 
 @pytest.mark.parametrize("attack", SOME_LOUD)
