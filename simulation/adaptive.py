@@ -123,8 +123,9 @@ def opt_ipm(honest: NDArray[np.floating], malicious: int, defence: Defence) -> F
     of Allouah et al., AISTATS 2023 (ByzFL's ``Optimal_InnerProductManipulation``: 16 tries from 0 upwards). Here
     epsilon may be negative, and 39 are tried, 0.5 among them.
     """
-    rows = honest.astype(np.float64)
-    return strongest(lambda epsilon: ipm(rows, epsilon), lambda sent: damage(rows, sent, malicious, defence))[0]
+    rows, basis = _turned(honest.astype(np.float64), defence)
+    sent = strongest(lambda epsilon: ipm(rows, epsilon), lambda sent: damage(rows, sent, malicious, defence))[0]
+    return _back(sent, basis)
 
 
 def opt_alie(honest: NDArray[np.floating], malicious: int, defence: Defence) -> Floats:
@@ -132,12 +133,16 @@ def opt_alie(honest: NDArray[np.floating], malicious: int, defence: Defence) -> 
 
     Searched for as in :func:`opt_ipm`; the z of plain ALIE is among the tries.
     """
-    rows = honest.astype(np.float64)
-    return strongest(
-        lambda z: alie(rows, z),
+    full = honest.astype(np.float64)
+    turned, basis = _turned(np.vstack([full, full.std(axis=0)]), defence)
+    rows, sigma = turned[:-1], turned[-1]
+    mu = rows.mean(axis=0)
+    sent = strongest(
+        lambda z: mu - z * sigma,
         lambda sent: damage(rows, sent, malicious, defence),
         _shifts(len(rows) + malicious, malicious),
     )[0]
+    return _back(sent, basis)
 
 
 def opt_spread(
@@ -158,11 +163,13 @@ def opt_spread(
     Returns:
         float64, shape (m, d), a row for each attacker.
     """
-    rows = honest.astype(np.float64)
+    full = honest.astype(np.float64)
+    hide = generator.standard_normal((malicious, full.shape[1]))
+    turned, basis = _turned(np.vstack([full, hide]), defence)
+    rows, hide = turned[: len(full)], turned[len(full) :]
+    hide = hide / np.maximum(np.linalg.norm(hide, axis=1, keepdims=True), _TINY)
     mu = rows.mean(axis=0)
     against = -mu / max(float(np.linalg.norm(mu)), _TINY)
-    hide = generator.standard_normal((malicious, len(mu)))
-    hide /= np.maximum(np.linalg.norm(hide, axis=1, keepdims=True), _TINY)
     length = float(np.median(np.linalg.norm(rows, axis=1)))
 
     def hurt(sent: Floats) -> float:
@@ -174,7 +181,23 @@ def opt_spread(
         for share in _SHARES
         for scale in _LENGTHS
     )
-    return max(tries, key=hurt)
+    return _back(max(tries, key=hurt), basis)
+
+
+def _turned(rows: Floats, defence: Defence) -> tuple[Floats, Floats | None]:
+    """The rows as coordinates in an orthonormal basis of what they span, and the basis, shape (k, d).
+
+    A search stays in that span, and a defence that looks at inner products only (``defence.isometric``) does the same
+    there, k numbers instead of d. For other defences the rows stay as they are.
+    """
+    if not getattr(defence, "isometric", False) or rows.shape[1] <= len(rows):
+        return rows, None
+    basis, coordinates = np.linalg.qr(rows.T)
+    return np.ascontiguousarray(coordinates.T), np.ascontiguousarray(basis.T)
+
+
+def _back(sent: Floats, basis: Floats | None) -> Floats:
+    return sent if basis is None else np.asarray(sent @ basis)
 
 
 def _shifts(sites: int, malicious: int) -> tuple[float, ...]:

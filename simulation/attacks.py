@@ -80,7 +80,8 @@ class AttackView:
         position: this attacker's number among the m, from 0.
         unit: C, the norm that sites clip to; infinite without clipping.
         defence: what the coordinator makes of n updates, shape ``(n, d) -> (d,)``, the honest rows first, where the
-            attacker knows the rule: clipping and rule together. Zeros where the round would fail; raises nothing.
+            attacker knows the rule: clipping and rule together. Zeros where the round would fail; raises nothing. With
+            an attribute ``isometric`` that is true, searches may ask about rotated updates.
         last: how the model moved in the last round, shape ``(d,)``; None in the first one.
         past: opened Gram matrices of past rounds, oldest first, each of shape ``(n, n)``, the honest rows first and the
             malicious ones after them; NaN for what was not opened.
@@ -388,7 +389,8 @@ def _gram_aware(view: AttackView, p: Parameters) -> NDArray[np.floating]:
 def _spread(view: AttackView, _: Parameters) -> NDArray[np.floating]:
     # The number of the round is what attackers agree on without another word.
     agreed = np.random.default_rng(view.round)
-    return adaptive.opt_spread(_honest(view), view.malicious, _defence(view), agreed)[view.position]
+    sent = adaptive.opt_spread(_honest(view), view.malicious, _defence(view), agreed)
+    return np.asarray(sent[view.position])
 
 
 def _boost(view: AttackView, p: Parameters) -> float:

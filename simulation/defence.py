@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ class Defence:
         equal: whether the suite adds up a selection with equal weights.
         reference: row of the trusted reference, for rules that need one.
         seed: for rules that draw; the coordinator draws otherwise.
+        unit: C, the norm that sites clip to in the round.
     """
 
     rule: Rule
@@ -33,13 +35,19 @@ class Defence:
     equal: bool
     reference: int | None = None
     seed: int = 0
+    unit: float = math.inf
 
-    def __call__(self, updates: NDArray[np.floating], unit: float) -> NDArray[np.float64]:
-        """The aggregate of updates of shape ``(n, d)`` with norm bound ``unit``, shape ``(d,)``.
+    @property
+    def isometric(self) -> bool:
+        """Whether rotated updates have the rotated aggregate: all that is looked at are inner products."""
+        return self.rule.needs == "gram"
+
+    def __call__(self, updates: NDArray[np.floating]) -> NDArray[np.float64]:
+        """The aggregate of updates of shape ``(n, d)``, shape ``(d,)``.
 
         Zeros, no movement of the model, where the round would fail.
         """
-        x = clipped(updates, unit) if self.clip else np.asarray(updates, dtype=np.float64)
+        x = clipped(updates, self.unit) if self.clip else np.asarray(updates, dtype=np.float64)
         try:
             if self.rule.needs == "updates":
                 return self.rule.aggregate(x, self.tolerate)

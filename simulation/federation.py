@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -144,7 +143,7 @@ class Attacker:
             round=number,
             position=world.position(partition),
             unit=unit,
-            defence=partial(self.defence, unit=unit),
+            defence=replace(self.defence, unit=unit),
             last=now.last,
             past=self._past,
         )
