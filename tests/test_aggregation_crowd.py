@@ -108,6 +108,58 @@ def test_equal_rows_and_zero_rows() -> None:
     assert apart(np.ones((3, 3)), 1).all()
 
 
+def at_right_angles(count: int, against: Matrix) -> Matrix:
+    """Rows of length 1 at right angles to each other, all equally far against a direction."""
+    rng = np.random.default_rng(1)
+    own = np.linalg.qr(np.column_stack([against, rng.standard_normal((len(against), count - 1))]))[0].T
+    turn = np.linalg.qr(np.column_stack([np.ones(count), rng.standard_normal((count, count - 1))]))[0]
+    rows = turn @ own
+    return np.asarray(rows * np.sign(rows @ -against)[:, None])
+
+
+@pytest.mark.parametrize("f", [1, 2, 3, 4])
+@pytest.mark.parametrize("more", [0, 1])
+def test_malicious_sites_that_keep_away_do_not_silence_honest_ones_that_are_alike(f: int, more: int) -> None:
+    honest = near_twins(f + 1 + more)
+    honest /= np.linalg.norm(honest, axis=1, keepdims=True)
+    mean = honest.mean(axis=0) / np.linalg.norm(honest.mean(axis=0))
+    x = np.vstack([honest, at_right_angles(f, mean)])
+    gram = gram_matrix(x)
+    # With n = 2f + 1, the (f + 1)-th neighbour of an honest row would be a malicious one, and c what that one likes.
+    assert crowd_clipping(gram, f) @ x @ mean > 0.7 * (centred_clipping(gram, f) @ x @ mean)
+    assert apart(gram, f)[: len(honest)].all()
+
+
+def test_attackers_at_right_angles_add_up_to_the_root_of_their_number() -> None:
+    honest = one_class_each(13)
+    mean = honest.mean(axis=0) / np.linalg.norm(honest.mean(axis=0))
+    x = np.vstack([honest, np.linalg.norm(honest, axis=1).mean() * at_right_angles(4, mean)])
+    weights = crowd_clipping(gram_matrix(x), 4)
+    np.testing.assert_allclose(weights[13:] * 17, 1.0, rtol=0.1)
+    assert -17 * weights[13:] @ x[13:] @ mean == pytest.approx(4**0.5, rel=0.15)
+
+
+def test_honest_sites_of_few_kinds_have_one_voice_for_each_kind() -> None:
+    # Not wanted, and said in docs/rules.md: four alike among eight look like f = 3 attackers and the one they copy.
+    kinds = np.repeat(np.eye(2, 10), 4, axis=0)
+    x = np.vstack([kinds, np.eye(10)[4:7]])
+    np.testing.assert_allclose(crowd_clipping(gram_matrix(x), 3) * 11, [0.25] * 8 + [1.0] * 3, atol=1e-8)
+    assert apart(gram_matrix(x), 3).sum() == 5
+    # One more of a kind, and it is plain that honest sites are alike.
+    x = np.vstack([x, x[:1]])
+    np.testing.assert_allclose(crowd_clipping(gram_matrix(x), 3) * 12, 1.0, atol=1e-8)
+
+
+def test_a_row_between_two_honest_ones_can_take_their_place_in_the_selection() -> None:
+    # Two sites hold the same class, and no others do. The malicious row is alike to both by just above one half.
+    honest = np.vstack([np.eye(7)[0], np.eye(7)[0], np.eye(7)[1:5]])
+    malicious = 0.52 * np.eye(7)[0] + (1 - 0.52**2) ** 0.5 * np.eye(7)[5]
+    x = np.vstack([honest, malicious])
+    assert apart(gram_matrix(x), 2).tolist() == [False, False, True, True, True, True, True]
+    # With weights the two keep a voice between them.
+    assert crowd_clipping(gram_matrix(x), 2)[:2].sum() * 7 == pytest.approx(2 / 2.52, rel=1e-6)
+
+
 @given(updates, st.integers(0, 3))
 @settings(deadline=None)
 def test_weights_are_bounded_and_one_site_moves_little(x: Matrix, f: int) -> None:
@@ -116,13 +168,15 @@ def test_weights_are_bounded_and_one_site_moves_little(x: Matrix, f: int) -> Non
     assert (weights > 0).all()
     assert weights.sum() <= 1 + 1e-9
     lengths = np.linalg.norm(x, axis=1)
+    # Nobody is too alike to more than f others.
+    assert (weights >= np.minimum(1, np.sort(lengths)[3] / lengths) / (7 * (f + 1)) * (1 - 1e-6)).all()
     assert (weights * lengths <= np.sort(lengths)[3] / 7 * (1 + 1e-6) + 1e-12).all()
     beyond = alikeness(gram, f)
     assert np.array_equal(beyond, beyond.T)
     assert beyond.min() >= 0
     assert beyond.max() <= 1
     kept = np.flatnonzero(apart(gram, f))
-    assert kept.size
+    assert kept.size * (f + 1) >= 7
     assert all(beyond[i, j] <= 0.5 + 1e-6 for i in kept for j in kept if i != j)
 
 

@@ -247,6 +247,15 @@ def by_hand() -> Iterator[dict[str, Any]]:
         weights=[1 / 3, 1 / 3, 1 / 6, 1 / 6],
     )
     yield entry(
+        "copies share one voice",
+        "crowd-clipping",
+        1,
+        [[4.0, 0.0, 0.0, 0.0], [0.0, 4.0, 0.0, 0.0], [0.0, 0.0, 4.0, 0.0], [0.0, 0.0, 0.0, 4.0], [0.0, 0.0, 0.0, 8.0]],
+        "the second highest cosine of every row is 0, so that rows 3 and 4 are alike by 1; row 4 is clipped to norm 4",
+        weights=[0.2, 0.2, 0.2, 0.1, 0.05],
+        scores=[0, 0, 0, 1, 1],
+    )
+    yield entry(
         "trust is the cosine, lengths are made equal",
         "fltrust",
         1,
@@ -301,6 +310,7 @@ def errors() -> Iterator[dict[str, Any]]:
         ("geometric-median", 2, {}, "BoundError", ["geometric-median", "n = 5"]),
         ("centred-clipping", 2, {}, "BoundError", ["centred-clipping", "n = 5"]),
         ("centred-clipping", 2, {"reference": 0}, "BoundError", ["centred-clipping", "n = 5", "n = 3"]),
+        ("crowd-clipping", 2, {}, "BoundError", ["crowd-clipping", "n = 5"]),
         ("monna", 2, {"reference": 0}, "BoundError", ["monna", "n = 5"]),
         ("fltrust", 3, {"reference": 0}, "BoundError", ["fltrust", "n = 4", "n = 3"]),
         ("spectral", 2, {}, "BoundError", ["spectral", "n = 5"]),
