@@ -10,6 +10,7 @@ from __future__ import annotations
 from quorsum.aggregation.checks import Code, Finding, GramReport, check_gram, copies
 from quorsum.aggregation.clear import coordinate_median, trimmed_mean
 from quorsum.aggregation.compose import CLEAR_SUITES, Outcome, Rule, known_rules, parse_rule, select
+from quorsum.aggregation.crowd import crowd_clipping
 from quorsum.aggregation.errors import (
     ClearSuiteError,
     NoConvergenceError,
@@ -59,6 +60,7 @@ __all__ = [
     "clip_matrix",
     "coordinate_median",
     "copies",
+    "crowd_clipping",
     "fltrust",
     "geometric_median",
     "gram_matrix",

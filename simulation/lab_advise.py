@@ -24,7 +24,7 @@ from quorsum.aggregation import parse_rule
 from quorsum.errors import BoundError, UsageError
 from quorsum.simulation.lab_evidence import Row, built_in_rows, rows_from_cells
 from quorsum.simulation.lab_summary import LEAST_SEEDS, BySeed, Cell, better, spread
-from quorsum.simulation.run import DEFAULT_RULE, SUITES, Simulation
+from quorsum.simulation.run import DEFAULT_RULE, MAX_SITES, SUITES, Simulation
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,13 +34,14 @@ __all__ = ["SIMPLEST", "Advice", "Candidate", "advise"]
 SCHEMA_VERSION: Final = 1
 
 SIMPLEST: Final = (
-    "multi-krum", "centred-clipping", "geometric-median", "spectral", "mda", "trimmed-mean", "median", "monna",
-    "fltrust", "krum", "mean",
+    "multi-krum", "centred-clipping", "crowd-clipping", "geometric-median", "spectral", "mda", "trimmed-mean", "median",
+    "monna", "fltrust", "krum", "mean",
 )  # fmt: skip
 """Rules in the order in which a tie is broken: by cost in n, then those that need to see updates or a trusted site."""
 
 _KNOWN: Final = (
-    "mean", "multi-krum", "spectral", "mda", "geometric-median", "centred-clipping", "trimmed-mean", "median",
+    "mean", "multi-krum", "spectral", "mda", "geometric-median", "centred-clipping", "crowd-clipping", "trimmed-mean",
+    "median",
     "nnm+multi-krum", "nnm+spectral", "nnm+mda", "nnm+geometric-median", "nnm+centred-clipping", "nnm+trimmed-mean",
     "arc+nnm+multi-krum",
 )  # fmt: skip
@@ -194,8 +195,8 @@ def advise(evidence: Sequence[Cell], sites: int, tolerate: int, suite: str) -> A
     """
     if suite not in SUITES:
         raise UsageError(f"no suite is called {suite!r}; known: {', '.join(SUITES)}")
-    if sites < 3:
-        raise UsageError(f"--sites must be 3 or more, got {sites}")
+    if not 3 <= sites <= MAX_SITES:
+        raise UsageError(f"--sites must lie in 3 .. {MAX_SITES}, got {sites}")
     if not 0 <= tolerate < sites:
         raise UsageError(f"--tolerate must lie in 0 .. {sites - 1} for {sites} sites, got {tolerate}")
     rows = rows_from_cells(evidence) if evidence else built_in_rows()

@@ -205,8 +205,8 @@ def check_data(cells: Sequence[PlannedCell]) -> None:
 
 
 def _checked(settings: Simulation) -> tuple[Simulation, str | None]:
-    if settings.seed < 0:
-        raise UsageError(f"seed must be 0 or more, got {settings.seed}")
+    if not 0 <= settings.seed < 2**63:
+        raise UsageError(f"seed must lie in 0 .. 2**63 - 1, got {settings.seed}")
     rule = parse_rule(settings.rule or DEFAULT_RULE.get(settings.suite, "mean"), suite="plain")
     if not rule.needs_reference:
         # Rules with and without a trusted site can so stand in one grid.
@@ -277,7 +277,9 @@ def _distinct(path: Path, key: str, values: Sequence[Any]) -> Iterator[Any]:
 def _complaint(
     path: Path, text: str, error: ValidationError, section: tuple[str, ...], known: Sequence[str]
 ) -> UsageError:
-    detail = error.errors(include_url=False, include_context=False)[0]
+    # A key that is spelt wrong is also missing under its right name, and the spelling is what there is to mend.
+    details = error.errors(include_url=False, include_context=False)
+    detail = next((one for one in details if one["type"] == "extra_forbidden"), details[0])
     place = [str(part) for part in (*section, *detail["loc"])]
     where, key = ".".join(place), place[min(len(section), len(place) - 1)]
     line = next((n for n, s in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[?\s*{re.escape(key)}\b", s)), None)
@@ -290,6 +292,9 @@ def _complaint(
         return UsageError(f"{start}: {where}: missing; a grid has a name, and lists in [grid]")
     if detail["type"] == "too_short":
         return UsageError(f"{start}: {where}: this is empty; give it at least one value, or leave it out")
+    if detail["type"] == "string_pattern_mismatch":
+        allowed = "letters, digits, spaces and . , + - _"
+        return UsageError(f"{start}: {where}: 1 to 80 {allowed} are allowed, got {_short(detail['input'])}; correct it")
     wants = detail["msg"][:1].lower() + detail["msg"][1:]
     return UsageError(f"{start}: {where}: {wants}, got {_short(detail['input'])}; correct it")
 

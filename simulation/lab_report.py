@@ -106,11 +106,14 @@ def write_report(folder: Path) -> tuple[Path, ...]:
     return (page, *pictures, *(folder / name for name in tables))
 
 
+_MAKE_ROOM: Final = "make room or check its permissions, and write the report again"
+
+
 def _write(path: Path, text: str) -> None:
     try:
         durable.replace_file(path, [text.encode()])
     except OSError as error:
-        raise QuorsumError(f"cannot write {path}: {error.strerror}; make room and write the report again") from None
+        raise QuorsumError(f"cannot write {path}: {error.strerror}; {_MAKE_ROOM}") from None
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -625,9 +628,7 @@ def _pictures(summary: Summary, origin: Origin, folder: Path) -> tuple[Path, ...
             written.append(folder / "curves.png")
             draw_charts(charts, written[-1], title=f"{origin.name}: the worst attack on each", unit=summary.measure)
     except OSError as error:
-        raise QuorsumError(
-            f"cannot write {written[-1]}: {error.strerror}; make room and write the report again"
-        ) from None
+        raise QuorsumError(f"cannot write {written[-1]}: {error.strerror}; {_MAKE_ROOM}") from None
     return tuple(written)
 
 

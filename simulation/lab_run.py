@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -36,9 +37,10 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quorsum import durable
 from quorsum.errors import DataError, QuorsumError, UsageError
@@ -164,9 +166,13 @@ def read_plan(folder: Path) -> Plan:
     tree = _load(path)
     try:
         cells = tuple(str(one) for one in tree["cells"])
-        return Plan(str(tree["name"]), str(tree["command"]), cells, {k: str(v) for k, v in tree["versions"].items()})
+        plan = Plan(str(tree["name"]), str(tree["command"]), cells, {k: str(v) for k, v in tree["versions"].items()})
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError("not-a-plan", f"{path}: this is no plan of a lab run ({error!r}); run the grid again") from None
+    # Ids become names of files.
+    if odd := [one for one in cells if re.fullmatch(r"[0-9a-f]{24}", one) is None]:
+        raise DataError("not-a-plan", f"{path}: {odd[0][:40]!r} is no id of a cell; run the grid again")
+    return plan
 
 
 def read_cells(folder: Path) -> list[Cell]:
@@ -177,7 +183,7 @@ def read_cells(folder: Path) -> list[Cell]:
         DataError: a file cannot be read; the message names it.
     """
     paths = [_cell_path(folder, one) for one in read_plan(folder).cells]
-    return [_read_cell(path) for path in paths if path.is_file()]
+    return [_read_cell(path) for path in paths if _is_there(path)]
 
 
 def unfinished(folder: Path) -> int:
@@ -186,7 +192,7 @@ def unfinished(folder: Path) -> int:
     Raises:
         UsageError, DataError: as :func:`read_plan`.
     """
-    return sum(not _cell_path(folder, one).is_file() for one in read_plan(folder).cells)
+    return sum(not _is_there(_cell_path(folder, one)) for one in read_plan(folder).cells)
 
 
 def run_lab(
@@ -488,20 +494,95 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _kept(folder: Path, cell: PlannedCell) -> Cell | None:
     path = _cell_path(folder, cell.id)
-    if not path.is_file():
+    if not _is_there(path):
         return None
     kept = _read_cell(path)
     open_again = kept.state == "crashed" or (kept.state == "not applicable" and cell.unfit is None)
     return None if open_again else kept
 
 
-def _read_cell(path: Path) -> Cell:
+def _is_there(path: Path) -> bool:
     try:
-        cell = _cell_of(_load(path))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError("not-a-cell", f"{path}: this is no cell of a lab run ({error!r}); {_REMOVE}") from None
-    if cell.id != path.stem or cell.state not in STATES:
-        raise DataError("not-a-cell", f"{path}: it holds cell {cell.id!r} in state {cell.state!r}; {_REMOVE}")
+        return path.is_file()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Settings(_Part):
+    data: str
+    sites: int
+    poisoned: int
+    attack: str
+    rule: str | None = None
+    suite: str
+    tolerate: int | None = None
+    rounds: int
+    seed: int
+
+
+class _Site(_Part):
+    id: str
+    poisoned: bool
+
+
+class _Round(_Part):
+    round: int
+    accuracy: float
+    metrics: dict[str, float] = {}
+    accepted: list[str]
+    rejected: list[str]
+    failed: str | None = None
+
+
+class _Last(_Part):
+    accuracy: float
+    metrics: dict[str, float] = {}
+    initial_accuracy: float | None = None
+    primary: str | None = None
+    attack_success: float | None = None
+    poisoned_rejected: float | None = None
+    honest_rejected: float | None = None
+
+
+class _Result(_Part):
+    config: _Settings
+    versions: dict[str, str] = {}
+    sites: list[_Site]
+    rounds: list[_Round]
+    final: _Last
+
+
+class _CellFile(_Part):
+    """What reports and advice read of a cell."""
+
+    id: str
+    settings: _Settings
+    result: _Result | None
+    failed: str | None
+    seconds: float
+    state: Literal["done", "failed", "not applicable", "crashed"]
+
+
+def _read_cell(path: Path) -> Cell:
+    tree = _load(path)
+    if tree.get("id", path.stem) != path.stem:
+        raise DataError("not-a-cell", f"{path}: it holds cell {str(tree['id'])[:40]!r}; {_REMOVE}")
+    try:
+        _CellFile.model_validate(tree)
+    except ValidationError as error:
+        # Whatever is wrong here would end a report in the middle.
+        detail = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in detail["loc"])
+        wrong = f"{where}: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+        raise DataError("not-a-cell", f"{path}: this is no cell of a lab run ({wrong}); {_REMOVE}") from None
+    cell = _cell_of(tree)
+    if (cell.state == "done") != (cell.result is not None):
+        has = "no result" if cell.result is None else "a result"
+        raise DataError("not-a-cell", f"{path}: a cell with {has} cannot be in state {cell.state!r}; {_REMOVE}")
     return cell
 
 
@@ -521,21 +602,26 @@ def _cell_of(tree: Mapping[str, Any]) -> Cell:
 
 def _load(path: Path) -> Mapping[str, Any]:
     try:
-        tree = json.loads(path.read_bytes())
+        tree = json.loads(path.read_bytes(), parse_constant=_no_number)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("not-json", f"{path}: this is not JSON ({error}); {_REMOVE}") from None
     if not isinstance(tree, dict) or tree.get("schema_version") != SCHEMA_VERSION:
         raise DataError("other-schema", f"{path}: its schema_version is not {SCHEMA_VERSION}; {_REMOVE}")
     return tree
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number in JSON")
+
+
 def _write(path: Path, data: bytes) -> None:
     try:
         durable.replace_file(path, [data])
     except OSError as error:
-        raise QuorsumError(f"cannot write {path}: {error.strerror}; make room and run it again") from None
+        hint = "make room or check its permissions, and run it again"
+        raise QuorsumError(f"cannot write {path}: {error.strerror}; {hint}") from None
 
 
 def _dump(tree: Mapping[str, Any]) -> bytes:

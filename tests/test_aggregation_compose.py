@@ -26,7 +26,10 @@ from quorsum.errors import BoundError, UsageError
 Matrix = NDArray[np.float64]
 
 MIXERS = ["nnm", "bucketing", "arc", "clip(norm=1.5)", "arc+nnm", "bucketing(size=3)+nnm", "nnm+bucketing"]
-FINALS = ["mean", "krum", "multi-krum", "mda", "geometric-median", "centred-clipping", "monna", "fltrust", "spectral"]
+FINALS = [
+    "mean", "krum", "multi-krum", "mda", "geometric-median", "centred-clipping", "crowd-clipping", "monna", "fltrust",
+    "spectral",
+]  # fmt: skip
 CLEAR = ["median", "trimmed-mean"]
 
 

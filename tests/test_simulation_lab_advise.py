@@ -162,7 +162,8 @@ def test_table_shows_what_counts_and_takes_no_name_for_markup() -> None:
     ("arguments", "said"),
     [
         ((grid(CLEAR), 10, 2, "magic"), "no suite is called 'magic'; known: sealed, ckks, plain"),
-        ((grid(CLEAR), 2, 0, "plain"), "--sites must be 3 or more, got 2"),
+        ((grid(CLEAR), 2, 0, "plain"), r"--sites must lie in 3 \.\. 500, got 2"),
+        ((grid(CLEAR), 501, 2, "plain"), r"--sites must lie in 3 \.\. 500, got 501"),
         ((grid(CLEAR), 10, 10, "plain"), r"--tolerate must lie in 0 \.\. 9 for 10 sites, got 10"),
         ((grid(CLEAR), 10, -1, "plain"), r"--tolerate must lie in 0 \.\. 9"),
         ((grid(CLEAR, tolerate=1), 10, 2, "plain"), "these cells say nothing about a rule at its f"),

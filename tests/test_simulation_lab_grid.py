@@ -149,6 +149,11 @@ def test_a_combination_that_cannot_be_is_kept_with_its_reason(tmp_path: Path, te
         ('name = "<b>"\n' + SEEDS, "name"),
         (HEAD + "colour = 1\n" + SEEDS, "colour: unknown key"),
         (HEAD + "honest = 0\n" + SEEDS, "honest"),
+        (HEAD + "[gird]\nseed = [1]\n", "gird: unknown key (did you mean grid?)"),
+        (
+            "name = '<b>'\n" + SEEDS,
+            "line 1: name: 1 to 80 letters, digits, spaces and . , + - _ are allowed, got '<b>'",
+        ),
         (
             HEAD + "[base]\nrulle = 'krum'\n" + SEEDS,
             "line 3: base.rulle: unknown key (did you mean rule?); known: data",
@@ -185,7 +190,8 @@ def test_a_wrong_file_is_refused_with_the_key(tmp_path: Path, text: str, says: s
         ("[grid]\nsuite = ['open']\n", "no suite is called 'open'"),
         ("[grid]\nsplit = ['iid', 'random']\nseed = [1]\n", "the cell split=random seed=1: "),
         ("[grid]\nmodel = ['resnet']\n", "no model is called 'resnet'"),
-        ("[grid]\nseed = [1, -1]\n", "the cell seed=-1: seed must be 0 or more"),
+        ("[grid]\nseed = [1, -1]\n", "the cell seed=-1: seed must lie in 0 .. 2"),
+        (f"[grid]\nseed = [{2**63}]\n", "the cell seed=9223372036854775808: seed must lie in 0 .. 2"),
         ("[grid]\nsites = [2]\n", "--sites must lie in"),
         ("[grid]\nsites = [4]\n", "no cell can be run"),
     ],
