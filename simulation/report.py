@@ -166,6 +166,7 @@ def summary_table(result: Result) -> Table:
         ("suite, rule", f"{config['suite']}, {config['rule']}, tolerates {config['tolerate']}"),
         ("attack", _attack_text(result)),
         ("accuracy", f"{100.0 * final['accuracy']:.1f} % after {len(rounds)} rounds{before}"),
+        *_measures(final),
         ("poisoned rejected", _poisoned_share(result)),
         ("honest rejected", _honest_share(result)),
         (
@@ -179,6 +180,15 @@ def summary_table(result: Result) -> Table:
     if failed:
         table.add_row("failed rounds", ", ".join(failed), style="red")
     return table
+
+
+def _measures(final: Result) -> Iterator[tuple[str, str]]:
+    """What else counts besides accuracy: the measure for rare classes, and whether a backdoor works."""
+    if final.get("primary", "accuracy") != "accuracy" and final["primary"] in final["metrics"]:
+        name = final["primary"]
+        yield name.replace("_", " "), f"{100.0 * final['metrics'][name]:.1f} %, the measure to compare by"
+    if final.get("attack_success") is not None:
+        yield "attack success", f"{100.0 * final['attack_success']:.1f} % of inputs with the trigger"
 
 
 _STEPS = ("train", "seal", "geometry", "open", "total")
@@ -219,7 +229,9 @@ def _check_all(results: Labelled) -> None:
 
 
 def _partition_text(config: Mapping[str, Any]) -> str:
-    alpha = config.get("alpha")
+    alpha, split = config.get("alpha"), config.get("split")
+    if split is not None:
+        return f"split {split}"
     return "even split" if alpha is None else f"Dirichlet({alpha:g}) split"
 
 

@@ -94,6 +94,17 @@ def test_summary_without_attack_or_initial_accuracy() -> None:
     assert "from" not in text
 
 
+def test_summary_says_whether_a_backdoor_works_and_which_measure_counts() -> None:
+    one = result()
+    one["config"]["split"] = "similarity:0"
+    one["final"] |= {"attack_success": 0.034, "primary": "average_precision", "metrics": {"average_precision": 0.71}}
+    text = text_of(summary_table(one))
+    assert "split similarity:0" in text
+    assert "3.4 % of inputs with the trigger" in text
+    assert "71.0 %, the measure to compare by" in text
+    assert "attack success" not in text_of(summary_table(result()))
+
+
 def test_summary_names_failed_rounds_and_the_split() -> None:
     one = result()
     one["rounds"][1]["failed"] = "too few sites answered"
