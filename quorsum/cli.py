@@ -40,6 +40,10 @@ ROOMS = {
 }
 
 
+# Help pages are plain text, and Typer would escape their brackets for rich.
+typer.core.HAS_RICH = False
+
+
 class _Rooms(typer.core.TyperGroup):
     """The commands of this module, and those of the rooms."""
 

@@ -152,3 +152,11 @@ def test_wrong_usage_names_the_help_of_the_very_command(typed: list[str], named:
     done = quorsum(*typed)
     assert (done.returncode, done.stdout) == (64, "")
     assert done.stderr.endswith(f"(try: {named} --help)\n")
+
+
+@pytest.mark.parametrize("command", [("simulate",), ("lab", "run"), ("coordinator", "init"), ("site", "enroll")])
+def test_help_pages_show_defaults_as_people_write_them(command: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
+    run([*command, "--help"])
+    page = capsys.readouterr().out
+    assert "--help" in page
+    assert "\\" not in page
