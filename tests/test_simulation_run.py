@@ -54,6 +54,17 @@ def test_undefended_mean_collapses_under_sign_flip() -> None:
     assert result["final"]["accuracy"] < 0.5 < clean()
 
 
+@pytest.mark.parametrize("suite", ["plain", pytest.param("sealed", marks=pytest.mark.slow)])
+def test_a_backdoor_works_through_the_mean_and_not_through_a_rule_with_clipping(suite: str) -> None:
+    one = {"attack": "backdoor", "poisoned": 1}
+    naive = outcome(**one, suite="plain", rule="mean", tolerate=0)
+    assert naive["final"]["attack_success"] > 0.9
+    safe = outcome(**one, suite=suite, rule="spectral", clip=True)
+    assert safe["final"]["attack_success"] < 0.05
+    assert safe["final"]["accuracy"] >= clean() - 0.015
+    assert "attack_success" in safe["rounds"][0]["metrics"]
+
+
 @pytest.mark.parametrize("attack", SOME_LOUD)
 def test_plain_and_ckks_choose_the_same_sites(attack: str) -> None:
     sealed, clear = outcome(attack=attack, suite="ckks"), outcome(attack=attack, suite="plain")
