@@ -250,7 +250,8 @@ class _Display:
         more = f" (+{len(self._working) - 1})" if len(self._working) > 1 else ""
         newest = next(reversed(self._working.values()), "")
         until = time.monotonic() + self._left() if self.run_now else None
-        self._bar.update(self._task, completed=self.ended_cells, description=newest + more, until=until)
+        # Drawn at once: a short cell would otherwise be over before anybody has seen its name.
+        self._bar.update(self._task, completed=self.ended_cells, description=newest + more, until=until, refresh=True)
 
     def _left(self) -> float:
         return (time.monotonic() - self._began) / self.run_now * (self._todo - self.run_now)
