@@ -102,7 +102,7 @@ def _load_folder(folder: Path) -> Dataset:
 
 def _unknown(spec: str, path: Path) -> DataError:
     if path.is_file():
-        ending = path.suffix or "no ending"
+        ending = path.suffix or "a name without an ending"
         return DataError("unknown-format", f"{spec}: {ending} is not a known format; convert it to .csv, .npz or .txt")
     close = difflib.get_close_matches(spec.lower().replace("_", "-"), BUILT_IN, n=1, cutoff=0.5)
     hint = f" (did you mean {close[0]}?)" if close else ""
